@@ -1,0 +1,97 @@
+"""Where each weight lies in the packed form: the one truth that packing, the CPU path and the kernel share.
+
+A matrix [rows, cols] is cut into tiles of 16 rows. A tile is a run of slots in ascending k; a slot is
+what one warp fetches at a time: up to four lines of 512 bytes (16 bytes for each of 32 lanes, in the
+register order of mma.m16n8k16's A operand), then the scales of the groups that the slot covers.
+
+Element (r, k) of a tile, with j = k // 32, t = k % 32 // 8, s = k % 8 // 4, half = k % 4 // 2,
+b = k % 2, g = r % 8, hi = r // 8 (so that a lane finds its eight activations of a 32-block of k side
+by side), belongs to lane 4 * g + t, k-step 2 * j + s and A register 2 * half + hi, and lies in
+
+- bf16: line 2 * j + s, bytes 4 * register + 2 * b of the lane's 16;
+- int8: line j, byte 4 * (2 * s + half) + 2 * b + hi (two's complement);
+- int4: line k // 64, 32-bit word 2 * (j % 2) + s, bits 4 * register + 16 * b (unsigned).
+
+Scales follow a slot's lines as [group][16 rows] of fp16 scale (int8) or of fp16 scale, fp16 zero
+(int4): w = scale * q for int8 and scale * (q - zero) for int4. Rows and columns beyond the matrix are
+padding: scale 0 in rows, and any finite weight in columns, where activations are zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILE_ROWS = 16
+SEGMENT = 256  # the canonical order of sums: each run of 256 k starts from zero (README, Numbers)
+LINE_BYTES = 512
+LINES_PER_SLOT = 4
+K_ALIGN = 64
+FORMATS = ("bf16", "int8", "int4")
+LINE_K = {"bf16": 16, "int8": 32, "int4": 64}
+SCALE_BYTES = {"bf16": 0, "int8": 2, "int4": 4}  # for one row of one group
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The smallest integer that is at least a / b."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """Geometry of one packed matrix; every figure that the packers and the kernel need follows from these five."""
+
+    name: str
+    rows: int
+    cols: int
+    format: str
+    group_size: int = 128
+
+    @property
+    def tiles(self) -> int:
+        return ceil_div(self.rows, TILE_ROWS)
+
+    @property
+    def k_pad(self) -> int:
+        return ceil_div(self.cols, K_ALIGN) * K_ALIGN
+
+    @property
+    def segments(self) -> int:
+        return ceil_div(self.k_pad, SEGMENT)
+
+    @property
+    def slot_k(self) -> int:
+        """How many k a full slot covers: 64, 128 or 256."""
+        return LINES_PER_SLOT * LINE_K[self.format]
+
+    @property
+    def slots(self) -> int:
+        """Slots of one tile; all are full but, perhaps, the last."""
+        return ceil_div(self.k_pad, self.slot_k)
+
+    @property
+    def slot_bytes(self) -> int:
+        return self._bytes_of(self.slot_k)
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of a tile's last slot."""
+        return self._bytes_of(self.k_pad - (self.slots - 1) * self.slot_k)
+
+    @property
+    def tile_bytes(self) -> int:
+        return (self.slots - 1) * self.slot_bytes + self.tail_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.tiles * self.tile_bytes
+
+    @property
+    def groups(self) -> int:
+        """Scale groups along k, the last one perhaps partly padding."""
+        return 0 if self.format == "bf16" else ceil_div(self.k_pad, self.group_size)
+
+    def _bytes_of(self, k: int) -> int:
+        lines = k // LINE_K[self.format] * LINE_BYTES
+        if self.format == "bf16":
+            return lines
+        return lines + ceil_div(k, self.group_size) * TILE_ROWS * SCALE_BYTES[self.format]
