@@ -1,0 +1,322 @@
+"""The CPU decoder in NumPy: what the kernel is tested against, and what runs where there is no GPU.
+
+Stages have the kernel's names and can be run one by one; `start` is the position of their first row, which
+only decides where BLAS gets to see the rows (see `multiply`). Two precisions:
+
+- "bf16" rounds to bf16 where the kernel does (operands of products, K and V, probabilities) and accumulates
+  in float32. A position's result has the same bits however the positions are grouped into passes.
+- "float64" computes everything in double and rounds nothing: the truth that both are measured against.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from .errors import GenerationError, MemoryBudgetError
+from .layout import MatrixLayout, ceil_div
+from .memory import available_memory
+from .numerics import from_bf16, round_bf16
+from .packing import LAYER_MATRICES, PackedLayer, PackedModel, unpack_matrix, vector_offsets
+from .rope import rope_tables
+
+ROW_BLOCK = 16  # rows of every matrix product; see `multiply`
+KV_BLOCK = 256  # absolute positions per partial softmax
+MAX_ROWS = 64  # rows that go through the layers together: bounds the scratch memory, changes no bit
+UNPACK_TILES = 256  # tiles of 16 rows unpacked at a time
+
+
+def multiply(x: np.ndarray, w: np.ndarray, slot: int) -> np.ndarray:
+    """x [..., n, k] times w [..., m, k] transposed -> [..., n, m], in blocks of 16 rows padded with zeros.
+
+    The first row takes place `slot` of its block. BLAS picks its order of sums by the shapes and, within
+    them, by a row's place: a row that always has the same place, in blocks of one shape, has the same bits.
+    """
+    *batch, n, k = x.shape
+    first = slot % ROW_BLOCK
+    blocks = ceil_div(first + n, ROW_BLOCK)
+    padded = np.zeros((*batch, blocks * ROW_BLOCK, k), x.dtype)
+    padded[..., first : first + n, :] = x
+    product = padded.reshape(*batch, blocks, ROW_BLOCK, k) @ np.swapaxes(w, -1, -2)[..., None, :, :]
+    return product.reshape(*batch, blocks * ROW_BLOCK, w.shape[-2])[..., first : first + n, :]
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """x [..., n] over its root mean square, times weight [n]; in x's dtype, not rounded."""
+    squares = np.square(x).sum(axis=-1, keepdims=True)
+    return x * (1.0 / np.sqrt(squares / x.shape[-1] + eps)) * weight
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x); where exp overflows the quotient is 0, as it should be."""
+    with np.errstate(over="ignore"):
+        return x / (1.0 + np.exp(-x))
+
+
+@dataclass
+class _Layer:
+    """One layer's weights as dense matrices [rows, cols] in packed row order, and its vectors by name."""
+
+    qkv_proj: np.ndarray
+    o_proj: np.ndarray
+    gate_up_proj: np.ndarray
+    down_proj: np.ndarray
+    vectors: dict[str, np.ndarray]
+    window: int
+
+
+class CPUDecoder:
+    """Runs passes of one sequence of one model on the CPU.
+
+    key_cache and value_cache are [num_layers, num_kv_heads, positions, head_dim]: max_seq_len positions,
+    and zeros up to a multiple of 256. They hold finite numbers only, rounded to bf16 in that precision.
+    """
+
+    def __init__(
+        self, packed: PackedModel, max_seq_len: int, *, precision: str = "bf16", progress: bool = True
+    ) -> None:
+        """Unpack the weights; raises MemoryBudgetError if they, the KV cache and the scratch do not fit."""
+        if precision not in ("bf16", "float64"):
+            raise ValueError(f'precision must be "bf16" or "float64", not {precision!r}')
+        self.config = packed.config
+        self.max_seq_len = max_seq_len
+        self.device = "cpu"
+        self.precision = precision
+        self._dtype = np.float32 if precision == "bf16" else np.float64
+        self._round: Callable[[np.ndarray], np.ndarray] = round_bf16 if precision == "bf16" else _keep
+        self._check_memory(packed)
+        disable = None if progress else True  # None: shown if stderr is a terminal
+        layers = tqdm(packed.layers, desc="unpacking", unit="layer", file=sys.stderr, disable=disable)
+        self._layers = [self._unpack_layer(packed, i, layer) for i, layer in enumerate(layers)]
+        self._lm_head = self._unpack(packed.lm_head, packed.layouts["lm_head"])
+        self._embed_bits = packed.embed_tokens
+        self._norm = packed.norm.astype(self._dtype)
+        self._cos, self._sin = rope_tables(self.config, max_seq_len, self._dtype)
+        shape = self._cache_shape()
+        self.key_cache, self.value_cache = np.zeros(shape, self._dtype), np.zeros(shape, self._dtype)
+
+    # ---- loading ----
+
+    def _cache_shape(self) -> tuple[int, int, int, int]:
+        config = self.config
+        positions = ceil_div(self.max_seq_len, KV_BLOCK) * KV_BLOCK
+        return config.num_layers, config.num_kv_heads, positions, config.head_dim
+
+    def _check_memory(self, packed: PackedModel) -> None:
+        """Compare weights, KV cache and a pass's scratch with the memory that is free."""
+        config, itemsize = self.config, np.dtype(self._dtype).itemsize
+        layouts = packed.layouts
+        per_layer = sum(layouts[name].rows * layouts[name].cols for name in LAYER_MATRICES)
+        head = layouts["lm_head"]
+        weights = (config.num_layers * per_layer + head.rows * head.cols) * itemsize
+        cache = 2 * int(np.prod(self._cache_shape())) * itemsize
+        heads = config.num_heads
+        # Per row: activations; scores of a block of positions in a few forms; every block's partial result.
+        per_row = 4 * sum(layouts[name].rows for name in LAYER_MATRICES) + head.rows + 6 * heads * KV_BLOCK
+        per_row += ceil_div(self.max_seq_len, KV_BLOCK) * heads * (config.head_dim + 2)
+        scratch = MAX_ROWS * per_row * itemsize
+        needed, free = weights + cache + scratch, available_memory()
+        if needed > free:
+            raise MemoryBudgetError(
+                f"cpu: weights {weights / 2**20:.0f} MiB + KV cache {cache / 2**20:.0f} MiB + scratch "
+                f"{scratch / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
+            )
+
+    def _unpack(self, matrix: np.ndarray, layout: MatrixLayout) -> np.ndarray:
+        """The dense matrix [rows, cols], unpacked in blocks to keep temporary copies small."""
+        blocks = [slice(at, at + UNPACK_TILES) for at in range(0, layout.tiles, UNPACK_TILES)]
+        dense = np.empty((layout.rows, layout.cols), self._dtype)
+        row = 0
+        for tiles in blocks:
+            part = unpack_matrix(matrix, layout, tiles)
+            dense[row : row + len(part)] = part
+            row += len(part)
+        return dense
+
+    def _unpack_layer(self, packed: PackedModel, index: int, layer: PackedLayer) -> _Layer:
+        matrices = {name: self._unpack(getattr(layer, name), packed.layouts[name]) for name in LAYER_MATRICES}
+        vectors = {
+            name: layer.vectors[offset : offset + length].astype(self._dtype)
+            for name, (offset, length) in vector_offsets(self.config).items()
+        }
+        return _Layer(**matrices, vectors=vectors, window=self.config.layer_windows[index])
+
+    def close(self) -> None:
+        """Free weights and cache; a second call does nothing."""
+        for name in ("_layers", "_lm_head", "_embed_bits", "key_cache", "value_cache"):
+            setattr(self, name, None)
+
+    # ---- the forward pass ----
+
+    def forward(self, tokens: np.ndarray, start: int, logits: str = "last") -> np.ndarray:
+        """Run tokens [R] at positions start .. start + R - 1; those before `start` must have been run.
+
+        `logits`: "last" gives [1, vocab_size], "all" [R, vocab_size], "none" [0, vocab_size]; float32, or
+        float64 in that precision. GenerationError if a logit, a key or a value is not finite.
+        """
+        tokens = np.asarray(tokens)
+        self._check_pass(tokens, start, logits)
+        outputs = [np.empty((0, self.config.vocab_size), self._dtype)]
+        for at in range(0, len(tokens), MAX_ROWS):
+            rows = tokens[at : at + MAX_ROWS]
+            first, end = start + at, start + at + len(rows)
+            x = self.embed(rows)
+            for layer in range(self.config.num_layers):
+                qkv = self.norm_qkv(layer, x, first)
+                attn = self.attention(layer, qkv, np.arange(first, end))
+                x = self.o_proj(layer, attn, x, first)
+                act = self.norm_gate_up(layer, x, first)
+                x = self.down_proj(layer, act, x, first)
+            if logits == "all":
+                outputs.append(self.norm_lm_head(x, first))
+            elif logits == "last" and at + MAX_ROWS >= len(tokens):
+                outputs.append(self.norm_lm_head(x[-1:], end - 1))
+        result = np.concatenate(outputs)
+        if not np.isfinite(result).all():
+            raise GenerationError("non-finite logits: finite numbers expected from every pass")
+        return result
+
+    def _check_pass(self, tokens: np.ndarray, start: int, logits: str) -> None:
+        """Raise ValueError for arguments that `forward` can't take."""
+        if self._layers is None:
+            raise ValueError("the decoder is closed")
+        if logits not in ("last", "all", "none"):
+            raise ValueError(f'logits must be "last", "all" or "none", not {logits!r}')
+        if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"expected token ids [R], R > 0, found {tokens.dtype} {list(tokens.shape)}")
+        end = start + len(tokens)
+        if start < 0 or end > self.max_seq_len:
+            raise ValueError(f"positions {start} to {end - 1} asked for, 0 to {self.max_seq_len - 1} exist")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), found {tokens}")
+
+    def embed(self, tokens: np.ndarray) -> np.ndarray:
+        """Token ids [R] -> the residual stream x [R, hidden_size]."""
+        if self._embed_bits is None:
+            return self._lm_head[tokens]
+        return from_bf16(self._embed_bits[tokens]).astype(self._dtype)
+
+    def norm_qkv(self, layer: int, x: np.ndarray, start: int = 0) -> np.ndarray:
+        """x [R, hidden_size] -> q, k, v [R, (num_heads + 2 num_kv_heads) head_dim], before QK norm and rope."""
+        weights = self._layers[layer]
+        y = self._norm_rounded(x, weights.vectors["input_layernorm"])
+        return _add_bias(multiply(y, weights.qkv_proj, start), weights.vectors, "qkv_bias")
+
+    def attention(self, layer: int, qkv: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """q, k, v of R rows at consecutive `positions` [R] -> attention's output [R, num_heads head_dim].
+
+        Norms and rotates q and k, writes k and v to the cache, then attends to the cache: K and V of all
+        earlier positions must be there, or among these rows.
+        """
+        config = self.config
+        groups = config.num_heads // config.num_kv_heads
+        heads = qkv.reshape(len(qkv), -1, config.head_dim)
+        split = (config.num_heads, config.num_heads + config.num_kv_heads)
+        q, k, v = np.split(heads, split, axis=1)
+        q = self._norm_and_rotate(layer, "q_norm", q, positions)
+        k = self._norm_and_rotate(layer, "k_norm", k, positions)
+        self._append(layer, positions, k, self._round(v))
+        # The query heads of one KV head become rows beside each other: [num_kv_heads, R * groups, head_dim].
+        q = q.reshape(len(q), config.num_kv_heads, groups, config.head_dim)
+        q = q.transpose(1, 0, 2, 3).reshape(config.num_kv_heads, -1, config.head_dim)
+        out = self._round(self._attend(layer, q, np.repeat(positions, groups)))
+        out = out.reshape(config.num_kv_heads, len(qkv), groups * config.head_dim)
+        return out.transpose(1, 0, 2).reshape(len(qkv), -1)
+
+    def o_proj(self, layer: int, attn: np.ndarray, x: np.ndarray, start: int = 0) -> np.ndarray:
+        """Attention's output [R, num_heads head_dim] and x [R, hidden_size] -> the new x."""
+        weights = self._layers[layer]
+        return x + _add_bias(multiply(attn, weights.o_proj, start), weights.vectors, "o_bias")
+
+    def norm_gate_up(self, layer: int, x: np.ndarray, start: int = 0) -> np.ndarray:
+        """x [R, hidden_size] -> silu(gate) * up, rounded, [R, intermediate_size]."""
+        weights = self._layers[layer]
+        y = self._norm_rounded(x, weights.vectors["post_attention_layernorm"])
+        gate_up = _add_bias(multiply(y, weights.gate_up_proj, start), weights.vectors, "gate_up_bias")
+        gate_up = gate_up.reshape(len(x), -1, 2, 8)  # eight of gate, the same eight of up, and so on
+        act = self._round(silu(gate_up[:, :, 0]) * gate_up[:, :, 1])
+        return act.reshape(len(x), -1)[:, : self.config.intermediate_size]
+
+    def down_proj(self, layer: int, act: np.ndarray, x: np.ndarray, start: int = 0) -> np.ndarray:
+        """silu(gate) * up [R, intermediate_size] and x [R, hidden_size] -> the new x."""
+        weights = self._layers[layer]
+        return x + _add_bias(multiply(act, weights.down_proj, start), weights.vectors, "down_bias")
+
+    def norm_lm_head(self, x: np.ndarray, start: int = 0) -> np.ndarray:
+        """x [R, hidden_size] -> logits [R, vocab_size]."""
+        return multiply(self._norm_rounded(x, self._norm), self._lm_head, start)
+
+    # ---- parts of stages ----
+
+    def _norm_rounded(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return self._round(rms_norm(x, weight, self.config.rms_norm_eps))
+
+    def _norm_and_rotate(self, layer: int, norm: str, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Heads x [R, heads, head_dim]: RMSNorm of each if the model has QK norm, rope, rounding."""
+        if self.config.qk_norm:
+            x = rms_norm(x, self._layers[layer].vectors[norm], self.config.rms_norm_eps)
+        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        low, high = np.split(x, 2, axis=-1)
+        return self._round(np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1))
+
+    def _append(self, layer: int, positions: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Write k and v [R, num_kv_heads, head_dim] to the cache at `positions` [R].
+
+        Positions that a row does not see are multiplied by 0, so nothing that is not finite may get in.
+        """
+        if not (np.isfinite(k).all() and np.isfinite(v).all()):
+            raise GenerationError(f"layer {layer}: non-finite keys or values: finite numbers expected")
+        self.key_cache[layer][:, positions] = k.swapaxes(0, 1)
+        self.value_cache[layer][:, positions] = v.swapaxes(0, 1)
+
+    def _attend(self, layer: int, q: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Queries [num_kv_heads, n, head_dim] at `positions` [n] over the cache -> the same shape, unrounded.
+
+        Each block of 256 absolute positions has a softmax of its own; they are merged in ascending order.
+        """
+        window = self._layers[layer].window
+        first = max(0, int(positions.min()) - window + 1) if window else 0
+        blocks = range(first // KV_BLOCK, int(positions.max()) // KV_BLOCK + 1)
+        parts = [self._attend_block(layer, q, positions, block) for block in blocks]
+        top = np.max([block_top for block_top, _, _ in parts], axis=0)
+        total, out = np.zeros_like(top), np.zeros_like(q)
+        for block_top, block_total, block_out in parts:
+            weight = np.exp(block_top - top)
+            total += weight * block_total
+            out += weight * block_out
+        return out / total
+
+    def _attend_block(
+        self, layer: int, q: np.ndarray, positions: np.ndarray, block: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A block's largest score [num_kv_heads, n, 1], sum of exponentials (the same) and sum of values.
+
+        A row that sees nothing of the block gets -infinity, 0 and 0, which add nothing when merged.
+        """
+        span = slice(block * KV_BLOCK, (block + 1) * KV_BLOCK)
+        keys, values = self.key_cache[layer][:, span], self.value_cache[layer][:, span]
+        window = self._layers[layer].window
+        slot = int(positions[0]) * self.config.num_heads // self.config.num_kv_heads
+        column, row = np.arange(span.start, span.stop), positions[:, None]
+        visible = column <= row
+        if window:
+            visible &= column > row - window
+        scores = multiply(q, keys, slot) * self.config.head_dim**-0.5
+        scores = np.where(visible, scores, -np.inf)
+        top = scores.max(axis=-1, keepdims=True)
+        p = self._round(np.exp(scores - np.where(visible.any(axis=-1, keepdims=True), top, 0.0)))
+        return top, p.sum(axis=-1, keepdims=True), multiply(p, values.swapaxes(-1, -2), slot)
+
+
+def _add_bias(y: np.ndarray, vectors: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """y [R, n] plus the vector `name` [n] if the layer has it."""
+    return y + vectors[name] if name in vectors else y
+
+
+def _keep(x: np.ndarray) -> np.ndarray:
+    """The rounding of the float64 precision: none."""
+    return x
