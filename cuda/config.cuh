@@ -1,0 +1,133 @@
+// What a build is made for: the model's shape and the device's limits come in as -D constants, everything
+// else follows from them here. A missing one is an error, never a default.
+#pragma once
+
+#include "ptx.cuh"
+
+#if !defined(ROWS) || !defined(HIDDEN_SIZE) || !defined(INTERMEDIATE_SIZE) || !defined(NUM_LAYERS) || \
+    !defined(SCORE_SCALE) || !defined(NUM_HEADS) || !defined(NUM_KV_HEADS) || !defined(HEAD_DIM) ||   \
+    !defined(VOCAB_SIZE) || !defined(MAX_SEQ_LEN) || !defined(RMS_NORM_EPS) ||                        \
+    !defined(TIE_WORD_EMBEDDINGS) || !defined(QKV_BIAS) || !defined(O_BIAS) || !defined(MLP_BIAS) ||  \
+    !defined(QK_NORM)
+#error "a -D constant of the model is missing"
+#endif
+#if !defined(WEIGHT_BITS) || !defined(GROUP_SIZE) || !defined(LM_HEAD_BITS) ||         \
+    !defined(LM_HEAD_GROUP_SIZE) || !defined(VECTORS_SIZE) || !defined(LAYER_BYTES) || \
+    !defined(LM_HEAD_BYTES)
+#error "a -D constant of the packed weights is missing"
+#endif
+#if !defined(INPUT_LAYERNORM_OFFSET) || !defined(POST_ATTENTION_LAYERNORM_OFFSET) ||   \
+    !defined(Q_NORM_OFFSET) || !defined(K_NORM_OFFSET) || !defined(QKV_BIAS_OFFSET) || \
+    !defined(O_BIAS_OFFSET) || !defined(GATE_UP_BIAS_OFFSET) || !defined(DOWN_BIAS_OFFSET)
+#error "a -D constant of the norms and biases is missing"
+#endif
+#if !defined(SHARED_LIMIT) || !defined(OWN_TILES) || !defined(TEST_PAUSES)
+#error "a -D constant of the launch is missing"
+#endif
+
+constexpr int WARPS = 16;
+constexpr int THREADS = 32 * WARPS;
+constexpr int MAX_ROWS = 8;  // columns of one mma
+constexpr int TILE_ROWS = 16;
+constexpr int SEGMENT = 256;   // the canonical order of sums: each run of 256 k starts from zero
+constexpr int KV_BLOCK = 256;  // the canonical order of attention: one partial softmax per 256 positions
+constexpr int LINE_BYTES = 512;
+constexpr int LINES_PER_SLOT = 4;
+
+static_assert(ROWS >= 1 && ROWS <= MAX_ROWS, "one mma takes 1 to 8 rows");
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 256, "head_dim must be a multiple of 8, at most 256");
+static_assert(NUM_HEADS % NUM_KV_HEADS == 0, "num_heads must be a multiple of num_kv_heads");
+
+constexpr int ceil_div(int a, int b) {
+    return (a + b - 1) / b;
+}
+constexpr int round_up(int a, int b) {
+    return ceil_div(a, b) * b;
+}
+constexpr int max_of(int a, int b) {
+    return a > b ? a : b;
+}
+constexpr int min_of(int a, int b) {
+    return a < b ? a : b;
+}
+
+// Geometry of one packed matrix; ffmini/layout.py says where each element lies.
+template <int N, int K, int BITS_, int GROUP_>
+struct Matrix {
+    static constexpr int BITS = BITS_;
+    static constexpr int GROUP = GROUP_;
+    static constexpr int TILES = ceil_div(N, TILE_ROWS);
+    static constexpr int K_PAD = round_up(K, 64);
+    static constexpr int SEGMENTS = ceil_div(K_PAD, SEGMENT);
+    static constexpr int SLOT_K = LINES_PER_SLOT * 256 / BITS;
+    static constexpr int SLOTS = ceil_div(K_PAD, SLOT_K);
+    static constexpr int TAIL_K = K_PAD - (SLOTS - 1) * SLOT_K;
+    static constexpr int SLOTS_PER_SEGMENT = SEGMENT / SLOT_K;
+    static constexpr int SCALE_BYTES = BITS == 16 ? 0 : (BITS == 8 ? 2 : 4);
+    static constexpr int GROUPS = BITS == 16 ? 0 : ceil_div(K_PAD, GROUP);
+    static constexpr int bytes_of(int k) {
+        return k * BITS / 8 * TILE_ROWS + (BITS == 16 ? 0 : ceil_div(k, GROUP) * TILE_ROWS * SCALE_BYTES);
+    }
+    static constexpr int SLOT_BYTES = bytes_of(SLOT_K);
+    static constexpr int TAIL_BYTES = bytes_of(TAIL_K);
+    static constexpr int TILE_BYTES = (SLOTS - 1) * SLOT_BYTES + TAIL_BYTES;
+    static constexpr uint64_t BYTES = static_cast<uint64_t>(TILES) * TILE_BYTES;
+};
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr int HEADS_PER_KV = NUM_HEADS / NUM_KV_HEADS;
+constexpr int ATTENTION_SIZE = NUM_HEADS * HEAD_DIM;
+constexpr int KV_SIZE = NUM_KV_HEADS * HEAD_DIM;
+constexpr int INTERMEDIATE_TILES = ceil_div(INTERMEDIATE_SIZE, 8);  // of 8 gate rows and 8 up rows
+
+using QkvProj = Matrix<ATTENTION_SIZE + 2 * KV_SIZE, HIDDEN_SIZE, WEIGHT_BITS, GROUP_SIZE>;
+using OProj = Matrix<HIDDEN_SIZE, ATTENTION_SIZE, WEIGHT_BITS, GROUP_SIZE>;
+using GateUpProj = Matrix<INTERMEDIATE_TILES * TILE_ROWS, HIDDEN_SIZE, WEIGHT_BITS, GROUP_SIZE>;
+using DownProj = Matrix<HIDDEN_SIZE, INTERMEDIATE_SIZE, WEIGHT_BITS, GROUP_SIZE>;
+using LmHead = Matrix<VOCAB_SIZE, HIDDEN_SIZE, LM_HEAD_BITS, LM_HEAD_GROUP_SIZE>;
+
+static_assert(QkvProj::BYTES + OProj::BYTES + GateUpProj::BYTES + DownProj::BYTES == LAYER_BYTES,
+              "ffmini/layout.py and cuda/config.cuh disagree about a layer's bytes");
+static_assert(LmHead::BYTES == LM_HEAD_BYTES,
+              "ffmini/layout.py and cuda/config.cuh disagree about the lm_head's bytes");
+
+constexpr int HIDDEN_TILES = OProj::TILES;
+constexpr int MAX_SPLITS = ceil_div(MAX_SEQ_LEN, KV_BLOCK);
+
+// One row of a pass. The rows of one slot stand together, at ascending consecutive positions.
+struct Row {
+    int token;
+    int position;
+    int slot;
+};
+
+// Written only when something is wrong; each word then holds the pass number.
+struct Status {
+    uint32_t gave_up;     // a wait outlasted spin_limit_ns
+    uint32_t non_finite;  // a logit is NaN or infinite
+    uint32_t stage;       // of the wait that gave up first: 8 * layer + stage (see Stage)
+    uint32_t block;
+};
+
+// The kernel's one argument; ffmini/kernel.py holds the same struct as a NumPy dtype, a test compares them.
+struct PassArgs {
+    const uint8_t* layers;         // packed [NUM_LAYERS][LAYER_BYTES]
+    const uint8_t* lm_head;        // packed [LM_HEAD_BYTES]
+    const uint16_t* embed_tokens;  // bf16 [VOCAB_SIZE][HIDDEN_SIZE]; null if tied
+    const float* vectors;          // [NUM_LAYERS][VECTORS_SIZE]: norms and biases
+    const float* norm;             // [HIDDEN_SIZE]
+    const float* rope_cos;         // [MAX_SEQ_LEN][HEAD_DIM / 2]
+    const float* rope_sin;         // [MAX_SEQ_LEN][HEAD_DIM / 2]
+    const int* layer_windows;      // [NUM_LAYERS]; 0: full attention
+    uint16_t* key_cache;           // bf16 [NUM_LAYERS][num_slots][NUM_KV_HEADS][MAX_SEQ_LEN][HEAD_DIM]
+    uint16_t* value_cache;         // the same
+    uint4* exchange;               // [EXCHANGE_PACKETS], zeroed once; see exchange.cuh
+    float* logits;                 // [ROWS][VOCAB_SIZE]
+    Status* status;
+    uint64_t spin_limit_ns;
+    uint32_t pass;  // 1 .. 2^32 / (NUM_LAYERS + 1), a new one for each launch
+    int num_slots;
+    int num_rows;          // 1 .. ROWS
+    uint32_t logits_rows;  // bit r: row r's logits are wanted; 0 leaves the lm_head out
+    Row rows[MAX_ROWS];
+};

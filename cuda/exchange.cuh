@@ -1,0 +1,132 @@
+// How blocks hand activations to each other: packets of 16 bytes, three words of payload and a tag, each
+// written and read by one relaxed 128-bit access. A packet whose tag is the awaited one is whole and new,
+// so nothing else is ordered and no fence stands on the path.
+//
+// Reuse is safe by construction. Every exchange of every layer has packets of its own, and a tag holds the
+// pass number: only the launch of the next pass, after every block has left this one, writes them again. The
+// partial softmaxes alone are reused from layer to layer, under a tag of (pass, layer): a block writes those
+// of layer l + 1 after it has received queries of layer l + 1, which depend on every attention output of
+// layer l, and so on every read of the partials of layer l.
+#pragma once
+
+#include "block.cuh"
+
+// ---- where the packets lie ----
+
+constexpr int FLOAT_PACKETS = 6;                            // 16 floats of a tile: 3, 3, 3, 3, 3, 1
+constexpr int BF16_PACKETS = 2;                             // 8 bf16 of a gate/up tile: 4, 4
+constexpr int HEAD_PACKETS = ceil_div(HEAD_DIM, 6);         // bf16 of a head: 6 each
+constexpr int PARTIAL_PACKETS = ceil_div(HEAD_DIM + 2, 3);  // max, sum, then the vector, as floats
+
+constexpr int HIDDEN_PACKETS = HIDDEN_TILES * FLOAT_PACKETS;  // for one row, as all of these
+constexpr int QKV_PACKETS = QkvProj::TILES * FLOAT_PACKETS;
+constexpr int ATTENTION_PACKETS = NUM_HEADS * HEAD_PACKETS;
+constexpr int ACTIVATION_PACKETS = INTERMEDIATE_TILES * BF16_PACKETS;
+constexpr int PARTIAL_ROW_PACKETS = NUM_HEADS * MAX_SPLITS * PARTIAL_PACKETS;
+
+constexpr int LAYER_PACKETS =
+    ROWS * (2 * HIDDEN_PACKETS + QKV_PACKETS + ATTENTION_PACKETS + ACTIVATION_PACKETS);
+constexpr uint64_t EXCHANGE_PACKETS =
+    static_cast<uint64_t>(NUM_LAYERS) * LAYER_PACKETS + ROWS * HIDDEN_PACKETS + ROWS * PARTIAL_ROW_PACKETS;
+
+// The packets of one layer; each kind is [ROWS][its packets for a row]. The residual stream that leaves the
+// last layer lies where layer NUM_LAYERS would begin.
+struct LayerPackets {
+    uint4* begin;
+
+    __device__ LayerPackets(uint4* exchange, int layer)
+        : begin(exchange + static_cast<uint64_t>(layer) * LAYER_PACKETS) {}
+    // The residual stream that enters the layer, fp32.
+    __device__ uint4* hidden() const { return begin; }
+    // q, k and v before norm and rope, fp32.
+    __device__ uint4* qkv() const { return begin + ROWS * HIDDEN_PACKETS; }
+    // Attention's output, bf16.
+    __device__ uint4* attention() const { return qkv() + ROWS * QKV_PACKETS; }
+    // The residual stream after attention, fp32.
+    __device__ uint4* mid_hidden() const { return attention() + ROWS * ATTENTION_PACKETS; }
+    // silu(gate) * up, bf16.
+    __device__ uint4* activation() const { return mid_hidden() + ROWS * HIDDEN_PACKETS; }
+    // The residual stream that enters the next layer.
+    __device__ uint4* next_hidden() const { return begin + LAYER_PACKETS; }
+};
+
+// [ROWS][NUM_HEADS][MAX_SPLITS][PARTIAL_PACKETS]
+__device__ __forceinline__ uint4* partial_packets(uint4* exchange) {
+    return exchange + static_cast<uint64_t>(NUM_LAYERS) * LAYER_PACKETS + ROWS * HIDDEN_PACKETS;
+}
+
+// ---- tags ----
+
+// No other (pass, layer) has this tag while `pass` stays within its bound, and none has 0.
+__device__ __forceinline__ uint32_t tag_of(const PassArgs& args, int layer) {
+    return args.pass * (NUM_LAYERS + 1) + static_cast<uint32_t>(layer);
+}
+
+// ---- sending ----
+
+__device__ __forceinline__ void publish(uint4* packet, uint32_t x, uint32_t y, uint32_t z, uint32_t tag) {
+#if TEST_PAUSES
+    // A test build holds every packet back for 0 to 4 microseconds, differently in every pass and place.
+    const uint32_t place = static_cast<uint32_t>(reinterpret_cast<uint64_t>(packet) >> 4);
+    const uint32_t hash = (place ^ tag * 2654435761u) * 2246822519u;
+    const uint64_t until = global_timer_ns() + (hash >> 20);
+    while (global_timer_ns() < until) {
+    }
+#endif
+    store_relaxed_128(packet, make_uint4(x, y, z, tag));
+}
+
+// ---- receiving ----
+
+// Called while a packet is not there yet. False once the wait is hopeless: this or another block has
+// waited longer than the bound. All blocks then leave.
+class Patience {
+  public:
+    __device__ Patience(const PassArgs& args, int where) : args_(args), where_(where) {}
+
+    __device__ bool more() {
+        if (++polls_ % 256 != 0) return true;
+        if (load_relaxed_32(&args_.status->gave_up) == args_.pass) return false;
+        const uint64_t now = global_timer_ns();
+        if (deadline_ == 0) deadline_ = now + args_.spin_limit_ns;
+        if (now < deadline_) return true;
+        store_relaxed_32(&args_.status->stage, static_cast<uint32_t>(where_));
+        store_relaxed_32(&args_.status->block, blockIdx.x);
+        store_relaxed_32(&args_.status->gave_up, args_.pass);
+        return false;
+    }
+
+  private:
+    const PassArgs& args_;
+    uint64_t deadline_ = 0;
+    uint32_t polls_ = 0;
+    int where_;
+};
+
+constexpr int RECEIVE_BATCH = 2;  // packets that a thread asks for at once
+
+// Hands the packets first, first + step, ... below `count` to take(index, packet) as they arrive. False if
+// one did not come.
+template <class Take>
+__device__ __forceinline__ bool receive(const Block& block, const uint4* packets, int first, int count,
+                                        int step, uint32_t tag, int where, Take take) {
+    Patience patience(block.args, where);
+    for (int begin = first; begin < count; begin += RECEIVE_BATCH * step) {
+        uint4 packet[RECEIVE_BATCH];
+#pragma unroll
+        for (int i = 0; i < RECEIVE_BATCH; ++i) {
+            if (begin + i * step < count) packet[i] = load_relaxed_128(packets + begin + i * step);
+        }
+#pragma unroll
+        for (int i = 0; i < RECEIVE_BATCH; ++i) {
+            const int index = begin + i * step;
+            if (index >= count) break;
+            while (packet[i].w != tag) {
+                if (!patience.more()) return false;
+                packet[i] = load_relaxed_128(packets + index);
+            }
+            take(index, packet[i]);
+        }
+    }
+    return true;
+}

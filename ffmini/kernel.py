@@ -1,0 +1,256 @@
+"""Builds the kernel: the constants of a model become a cubin through NVRTC, kept in a cache on disk.
+
+NVRTC needs no GPU and no driver, so a build for any architecture can be made and inspected anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from .config import ModelConfig
+from .errors import DeviceError
+from .layout import MatrixLayout, ceil_div
+from .packing import vector_offsets, vectors_length
+from .resources import resource_dir
+
+MAX_ROWS = 8
+WARPS = 16
+KERNEL_NAME = "ffmini_pass"
+VECTOR_NAMES = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "q_norm",
+    "k_norm",
+    "qkv_bias",
+    "o_bias",
+    "gate_up_bias",
+    "down_bias",
+)
+
+# The device's struct Row, Status, PassArgs and BuildInfo (cuda/config.cuh, cuda/ffmini.cu).
+ROW = np.dtype([("token", "<i4"), ("position", "<i4"), ("slot", "<i4")])
+STATUS = np.dtype([("gave_up", "<u4"), ("non_finite", "<u4"), ("stage", "<u4"), ("block", "<u4")])
+PASS_ARGS = np.dtype(
+    [
+        ("layers", "<u8"),
+        ("lm_head", "<u8"),
+        ("embed_tokens", "<u8"),
+        ("vectors", "<u8"),
+        ("norm", "<u8"),
+        ("rope_cos", "<u8"),
+        ("rope_sin", "<u8"),
+        ("layer_windows", "<u8"),
+        ("key_cache", "<u8"),
+        ("value_cache", "<u8"),
+        ("exchange", "<u8"),
+        ("logits", "<u8"),
+        ("status", "<u8"),
+        ("spin_limit_ns", "<u8"),
+        ("pass", "<u4"),
+        ("num_slots", "<i4"),
+        ("num_rows", "<i4"),
+        ("logits_rows", "<u4"),
+        ("rows", ROW, (MAX_ROWS,)),
+    ],
+    align=True,
+)
+BUILD_INFO = np.dtype(
+    [
+        ("exchange_packets", "<u8"),
+        ("shared_bytes", "<u4"),
+        ("threads", "<u4"),
+        ("ring_slots", "<u4"),
+        ("args_bytes", "<u4"),
+    ],
+    align=True,
+)
+
+
+def max_rows(config: ModelConfig, layouts: dict[str, MatrixLayout], shared_limit: int, blocks: int) -> int:
+    """The most rows (1, 2, 4 or 8) that leave room in shared memory for the ring of weights.
+
+    `shared_limit`: bytes that a block may use; `blocks`: the size of the grid. The bounds are upper ones;
+    cuda/block.cuh has the exact figures and refuses a build that does not fit.
+    """
+    ring_slot = WARPS * max(layout.slot_bytes for layout in layouts.values())
+    ring_slots = 2 if shared_limit > 128 * 1024 else 1
+    widest = max(layout.k_pad for layout in layouts.values())
+    own_tiles = ceil_div(layouts["o_proj"].tiles, blocks)
+    for rows in (8, 4, 2):
+        activations = rows * 2 * (widest + 64)
+        attention = 24 * 1024 + config.head_dim * (80 + 12 * rows)
+        fixed = max(activations, attention) + rows * 64 * own_tiles + 16 * 1024
+        if fixed + ring_slots * ring_slot <= shared_limit:
+            return rows
+    return 1
+
+
+def kernel_defines(
+    config: ModelConfig,
+    layouts: dict[str, MatrixLayout],
+    *,
+    rows: int,
+    max_seq_len: int,
+    shared_limit: int,
+    blocks: int,
+    test_pauses: bool = False,
+) -> dict[str, str]:
+    """The -D constants of one build.
+
+    `rows` is how many rows a pass takes (1 to 8), `shared_limit` the bytes of shared memory that a block
+    may use, `blocks` the size of the grid. `test_pauses` makes a build that holds packets back at random.
+    """
+    offsets = vector_offsets(config)
+    qkv, head = layouts["qkv_proj"], layouts["lm_head"]
+    bits = {"bf16": 16, "int8": 8, "int4": 4}
+    values: dict[str, object] = {
+        "ROWS": rows,
+        "HIDDEN_SIZE": config.hidden_size,
+        "INTERMEDIATE_SIZE": config.intermediate_size,
+        "NUM_LAYERS": config.num_layers,
+        "NUM_HEADS": config.num_heads,
+        "NUM_KV_HEADS": config.num_kv_heads,
+        "HEAD_DIM": config.head_dim,
+        "VOCAB_SIZE": config.vocab_size,
+        "MAX_SEQ_LEN": max_seq_len,
+        "RMS_NORM_EPS": float_literal(config.rms_norm_eps),
+        # Scores are in units of log2: the softmax takes powers of two.
+        "SCORE_SCALE": float_literal(config.head_dim**-0.5 * math.log2(math.e)),
+        "TIE_WORD_EMBEDDINGS": int(config.tie_word_embeddings),
+        "QKV_BIAS": int(config.qkv_bias),
+        "O_BIAS": int(config.o_bias),
+        "MLP_BIAS": int(config.mlp_bias),
+        "QK_NORM": int(config.qk_norm),
+        "WEIGHT_BITS": bits[qkv.format],
+        "GROUP_SIZE": qkv.group_size,
+        "LM_HEAD_BITS": bits[head.format],
+        "LM_HEAD_GROUP_SIZE": head.group_size,
+        "LAYER_BYTES": f"{layer_bytes(layouts)}ull",
+        "LM_HEAD_BYTES": f"{head.nbytes}ull",
+        "VECTORS_SIZE": vectors_length(config),
+        "SHARED_LIMIT": shared_limit,
+        "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
+        "TEST_PAUSES": int(test_pauses),
+    }
+    for name in VECTOR_NAMES:
+        values[f"{name.upper()}_OFFSET"] = offsets[name][0] if name in offsets else 0
+    return {name: str(value) for name, value in values.items()}
+
+
+def layer_bytes(layouts: dict[str, MatrixLayout]) -> int:
+    """Packed bytes of one layer's four matrices."""
+    return sum(layout.nbytes for name, layout in layouts.items() if name != "lm_head")
+
+
+def float_literal(x: float) -> str:
+    """`x` rounded to float32 as a C literal that gives the same bits."""
+    return f"{float(np.float32(x)).hex()}f"
+
+
+@functools.lru_cache(maxsize=1)
+def device_sources() -> tuple[tuple[str, str], ...]:
+    """(file name, text) of everything in cuda/, sorted by name."""
+    files = sorted(path for path in resource_dir("cuda").iterdir() if path.suffix in (".cu", ".cuh"))
+    return tuple((path.name, path.read_text(encoding="utf-8")) for path in files)
+
+
+def compile_cubin(defines: dict[str, str], arch: str) -> tuple[bytes, str]:
+    """Compile cuda/ffmini.cu for `arch` (such as "sm_90"): the cubin and ptxas's report (registers, spills).
+
+    DeviceError carries the compiler's first error line; so does a missing NVRTC.
+    """
+    nvrtc = _nvrtc()
+    sources = dict(device_sources())
+    main = sources.pop("ffmini.cu")
+    headers = tuple(text.encode() for text in sources.values())
+    program = nvrtc.createProgram(main, "ffmini.cu", headers, tuple(name.encode() for name in sources))
+    try:
+        nvrtc.compileProgram(program, compile_options(defines, arch))
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        lines = nvrtc.getProgramLog(program).splitlines()
+        first = next((line for line in lines if "error" in line), lines[0] if lines else str(error))
+        raise DeviceError(f"cuda/ffmini.cu does not compile for {arch}: {first}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def compile_options(defines: dict[str, str], arch: str) -> tuple[str, ...]:
+    """NVRTC's options; the arithmetic ones are part of the canonical order: no contraction, flush to zero."""
+    fixed = (
+        f"-arch={arch}",
+        "-std=c++17",
+        "-default-device",
+        "-fmad=false",
+        "-ftz=true",
+        "--ptxas-options=-v",
+    )
+    return fixed + tuple(f"-D{name}={value}" for name, value in sorted(defines.items()))
+
+
+def cached_cubin(defines: dict[str, str], arch: str) -> Path:
+    """The cubin's file in the cache, compiled first if it is not there; says on stderr what it does."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (*compile_options(defines, arch), repr(_nvrtc().getVersion()), repr(device_sources())):
+        digest.update(part.encode() + b"\0")
+    name = f"{arch}-rows{defines['ROWS']}-{digest.hexdigest()}.cubin"
+    directory = cache_dir()
+    if (directory / name).is_file():
+        return directory / name
+    print(
+        f"ffmini: compiling the kernel for {arch}, {defines['ROWS']} row(s) ...", file=sys.stderr, flush=True
+    )
+    start = time.perf_counter()
+    cubin, _ = compile_cubin(defines, arch)
+    print(f"ffmini: compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    try:
+        return _write_atomically(directory, name, cubin)
+    except OSError as error:
+        _warn_once(f"ffmini: kernels can't be cached in {directory} ({error.strerror}); set FFMINI_CACHE_DIR")
+        return _write_atomically(Path(tempfile.mkdtemp(prefix="ffmini-")), name, cubin)
+
+
+def cache_dir() -> Path:
+    """FFMINI_CACHE_DIR, else ffmini/ in XDG_CACHE_HOME or ~/.cache."""
+    if os.environ.get("FFMINI_CACHE_DIR"):
+        return Path(os.environ["FFMINI_CACHE_DIR"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffmini"
+
+
+def _write_atomically(directory: Path, name: str, data: bytes) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=directory)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, directory / name)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return directory / name
+
+
+@functools.lru_cache(maxsize=None)
+def _warn_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _nvrtc():  # type: ignore[no-untyped-def]
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()
+    except (ImportError, RuntimeError) as error:
+        raise DeviceError(
+            f"NVRTC is not usable ({error}): pip install 'ffmini[cuda13]' (or 'ffmini[cuda12]')"
+        ) from error
+    return nvrtc

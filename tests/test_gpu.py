@@ -1,0 +1,240 @@
+"""The kernel on a real GPU against the CPU path; `pytest -m gpu`. Skipped only where there is no device."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from packets import PACKET, stages
+from tiny import FAMILIES, tiny_config, tiny_prompt, write_checkpoint
+
+from ffmini import gpu
+from ffmini.convert import pack_checkpoint
+from ffmini.cpu import CPUDecoder
+from ffmini.errors import GenerationError
+from ffmini.model import bundled_model_path
+from ffmini.numerics import from_bf16
+from ffmini.packing import PackedModel
+from ffmini.tokenizer import Tokenizer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(gpu.why_unusable() is not None, reason=f"no device: {gpu.why_unusable()}"),
+]
+
+TALE = Path(__file__).parent / "tale.txt"
+FORMATS = ("bf16", "int8", "int4")
+# DESIGN's tolerances per stage, norm over norm. A bf16 rounding of the stage's normed input may fall to the
+# other side when the sum of squares is added in another order: FLIP is what one such element is worth.
+BF16_TOLERANCE = 4e-3
+FP32_TOLERANCE = 1e-5
+FLIP = 2.0**-8
+
+# Sizes that are multiples of no tile, all head sizes, GQA ratios up to 16; small otherwise.
+AWKWARD: dict[str, dict[str, Any]] = {
+    "head_dim_8": {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "head_dim_16_gqa16": {"head_dim": 16, "num_attention_heads": 16, "num_key_value_heads": 1},
+    "head_dim_64_gqa7": {"head_dim": 64, "num_attention_heads": 7, "num_key_value_heads": 1},
+    "head_dim_80": {"head_dim": 80, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "head_dim_96_gqa12": {"head_dim": 96, "num_attention_heads": 12, "num_key_value_heads": 1},
+    "head_dim_128": {"head_dim": 128, "hidden_size": 576, "intermediate_size": 1540},
+    "head_dim_256": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "vocab_32003": {"vocab_size": 32003, "hidden_size": 200, "head_dim": 48, "tie_word_embeddings": True},
+    "wide": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def pack(directory: Path, family: str, dtype: str, group_size: int = 128, **changes: Any) -> PackedModel:
+    source = write_checkpoint(directory / f"{family}-{dtype}-{group_size}", tiny_config(family, **changes))
+    return pack_checkpoint(source, dtype, group_size, progress=False)
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def poison(decoder: gpu.GPUDecoder) -> None:
+    """Every output that the next pass must write holds NaN; stale packets keep their old tags."""
+    decoder._logits.fill(np.nan)
+
+
+def check_stages(
+    decoder: gpu.GPUDecoder, rows: int, oracle: CPUDecoder, tokens: np.ndarray, start: int
+) -> None:
+    """Each stage of the decoder's last pass against the oracle's, which is fed with the same input."""
+    config, positions = decoder.config, np.arange(start, start + len(tokens))
+    exchange = decoder._builds[rows].exchange.get().view(PACKET)
+    found = stages(exchange, config, rows, len(tokens))
+    for mine, theirs in ((oracle.key_cache, decoder.key_cache), (oracle.value_cache, decoder.value_cache)):
+        mine.fill(0)
+        if start > 0:  # what no pass has written is not read either: initcheck watches
+            mine[:, :, :start] = from_bf16(theirs[:, 0, :, :start].get())
+    flips = 3 * FLIP / np.sqrt(config.hidden_size)
+    assert error(found[0]["hidden"], oracle.embed(tokens)) <= FP32_TOLERANCE
+    for layer in range(config.num_layers):
+        stage, x = found[layer], found[layer]["hidden"]
+        expected = {
+            "qkv": (oracle.norm_qkv(layer, x), FP32_TOLERANCE + flips),
+            "attention": (oracle.attention(layer, stage["qkv"], positions), BF16_TOLERANCE),
+            "mid_hidden": (oracle.o_proj(layer, stage["attention"], x), FP32_TOLERANCE),
+            "activation": (oracle.norm_gate_up(layer, stage["mid_hidden"]), BF16_TOLERANCE),
+        }
+        for name, (value, tolerance) in expected.items():
+            assert error(stage[name], value) <= tolerance, f"layer {layer}, {name}"
+        after = oracle.down_proj(layer, stage["activation"], stage["mid_hidden"])
+        assert error(found[layer + 1]["hidden"], after) <= FP32_TOLERANCE, f"layer {layer}, down_proj"
+
+
+def check_model(packed: PackedModel, length: int = 70, tail: int = 6) -> None:
+    """Whole model and every stage: a prompt in passes of many rows, then token by token."""
+    prompt = tiny_prompt({"vocab_size": packed.config.vocab_size}, length + tail)
+    oracle = CPUDecoder(packed, length + tail, progress=False)
+    exact = CPUDecoder(packed, length + tail, precision="float64", progress=False)
+    reference = exact.forward(prompt, 0, "all")
+    own_error = error(oracle.forward(prompt, 0, "all"), reference)
+    decoder = gpu.GPUDecoder(packed, length + tail, progress=False)
+    most = max(decoder._builds)
+    poison(decoder)
+    logits = [decoder.forward(prompt[:length], 0, "all")]
+    last = length - (length - 1) // most * most
+    check_stages(decoder, 1 if last == 1 else most, oracle, prompt[length - last : length], length - last)
+    for i in range(length, length + tail):
+        poison(decoder)
+        logits.append(decoder.forward(prompt[i : i + 1], i))
+    check_stages(decoder, 1, oracle, prompt[-1:], length + tail - 1)
+    found = np.concatenate(logits)
+    decoder.close()
+    kernel_error = error(found, reference)
+    print(f"relative error of the logits: kernel {kernel_error:.2e}, CPU path {own_error:.2e}")
+    assert kernel_error <= 1.5 * own_error
+    worst = np.abs(found - reference).max(axis=1)
+    top = np.sort(reference, axis=1)[:, -2:]
+    clear = top[:, 1] - top[:, 0] > 4 * worst
+    assert (found.argmax(axis=1) == reference.argmax(axis=1))[clear].all()
+
+
+@pytest.mark.parametrize(("family", "dtype"), itertools.product(FAMILIES, FORMATS))
+def test_family(tmp_path: Path, family: str, dtype: str) -> None:
+    positions = tiny_config(family)["max_position_embeddings"]
+    check_model(pack(tmp_path, family, dtype), length=min(70, positions - 6))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), itertools.product(AWKWARD, FORMATS))
+def test_awkward_sizes(tmp_path: Path, shape: str, dtype: str) -> None:
+    check_model(pack(tmp_path, "llama2", dtype, **AWKWARD[shape]), length=20)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_group_sizes(tmp_path: Path, dtype: str, group_size: int) -> None:
+    check_model(pack(tmp_path, "qwen3", dtype, group_size), length=20)
+
+
+@pytest.mark.parametrize("family", ["llama3.1", "mistral"])
+def test_long_context(tmp_path: Path, family: str) -> None:
+    changes = {"max_position_embeddings": 4096, "sliding_window": 600 if family == "mistral" else None}
+    check_model(pack(tmp_path, family, "bf16", **changes), length=1100)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_bundled_model(dtype: str) -> None:
+    """200 teacher-forced tokens of a tale, under DESIGN's rule for ties."""
+    packed = pack_checkpoint(bundled_model_path(), dtype, progress=False)
+    tokens = np.array(Tokenizer(packed.directory).encode(TALE.read_text())[:201])
+    oracle = CPUDecoder(packed, 256, progress=False)
+    exact = CPUDecoder(packed, 256, precision="float64", progress=False)
+    decoder = gpu.GPUDecoder(packed, 256, progress=False)
+    found = np.concatenate([decoder.forward(tokens[i : i + 1], i) for i in range(200)])
+    decoder.close()
+    reference, expected = (path.forward(tokens[:200], 0, "all") for path in (exact, oracle))
+    assert error(found, reference) <= 1.5 * error(expected, reference)
+    top = np.sort(expected, axis=1)[:, -2:]
+    clear = top[:, 1] - top[:, 0] > 4 * np.abs(found - expected).max(axis=1)
+    assert clear.mean() > 0.8  # the rule must bite: most choices are clear ones
+    assert (found.argmax(axis=1) == expected.argmax(axis=1))[clear].all()
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_same_bits(tmp_path: Path, dtype: str) -> None:
+    """However the rows are grouped, however many blocks there are, and from run to run."""
+    packed = pack(tmp_path, "qwen2", dtype)
+    prompt = tiny_prompt({"vocab_size": packed.config.vocab_size}, 300)
+    expected = None
+    for blocks, rows, chunk in [
+        (None, (8,), 300),
+        (None, (1,), 300),
+        (3, (4,), 300),
+        (1, (8,), 3),
+        (70, (2,), 5),
+    ]:
+        decoder = gpu.GPUDecoder(packed, 300, blocks=blocks, rows=rows, progress=False)
+        for _ in range(2):
+            poison(decoder)
+            parts = [decoder.forward(prompt[i : i + chunk], i, "all") for i in range(0, 300, chunk)]
+            found = np.concatenate(parts)
+            expected = found if expected is None else expected
+            assert np.array_equal(found.view(np.uint32), expected.view(np.uint32)), (blocks, rows, chunk)
+        decoder.close()
+
+
+def test_many_passes_with_pauses(tmp_path: Path) -> None:
+    """200,000 passes whose packets are held back at random, across the wrap of the pass number."""
+    packed = pack(tmp_path, "llama2", "int4", num_hidden_layers=1, vocab_size=64)
+    decoder = gpu.GPUDecoder(packed, 300, rows=(1,), test_pauses=True, progress=False)
+    decoder._pass = (2**32 - 2) // 2 - 1000
+    prompt = tiny_prompt({"vocab_size": 64}, 4)
+    expected = [decoder.forward(prompt[i : i + 1], i) for i in range(4)]
+    for i in range(200_000 // 4):
+        for position in range(4):
+            decoder.launch(1, prompt[position : position + 1], position, 1)
+        if i % 100 == 0:
+            assert np.array_equal(decoder._finish(1), expected[3]), i
+    decoder._finish(1)
+    assert decoder._pass < 200_000
+    decoder.close()
+
+
+def test_a_hopeless_wait_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFMINI_SPIN_SECONDS", "0.2")
+    packed = pack(tmp_path, "llama2", "bf16")
+    decoder = gpu.GPUDecoder(packed, 64, rows=(8,), progress=False)
+    prompt = tiny_prompt({"vocab_size": packed.config.vocab_size}, 8)
+    expected = decoder.forward(prompt, 0)
+    # Two rows of one slot with a gap between them break the pass's contract: the K and V of the gap never come.
+    decoder._args["rows"]["position"][:2] = 0, 5
+    args = decoder._args.copy()
+    args["pass"], args["num_rows"], args["logits_rows"] = decoder._next_pass(), 2, 0
+    build = decoder._builds[8]
+    build.kernel((build.blocks,), (build.threads,), (args,), shared_mem=build.shared_bytes)
+    with pytest.raises(GenerationError, match="gave up after 0.2 s: layer 0"):
+        decoder._finish(0)
+    assert np.array_equal(decoder.forward(prompt, 0), expected)
+    decoder.close()
+
+
+def test_non_finite_logits_raise(tmp_path: Path) -> None:
+    packed = pack(tmp_path, "llama2", "bf16")
+    packed.norm = np.full_like(packed.norm, 3e38)
+    decoder = gpu.GPUDecoder(packed, 64, progress=False)
+    with pytest.raises(GenerationError, match="non-finite"):
+        decoder.forward(np.array([1, 2, 3]), 0)
+    decoder.close()
+
+
+def test_memory_is_free_after_close(tmp_path: Path) -> None:
+    packed = pack(tmp_path, "llama2", "bf16", max_position_embeddings=200_000)
+    gpu.GPUDecoder(packed, 64, progress=False).close()  # CUDA's own context stays
+    before = gpu.free_memory()
+    decoder = gpu.GPUDecoder(packed, 200_000, progress=False)
+    taken = before - gpu.free_memory()
+    assert taken >= gpu.kv_cache_bytes(packed.config, 200_000)
+    decoder.close()
+    assert gpu.free_memory() >= before - 2**21
