@@ -1,0 +1,287 @@
+"""Runs the kernel's own source on a simulated device: builds it with g++, owns its buffers, decodes packets.
+
+SimDecoder is to tests/sim what GPUDecoder is to a GPU: the same constants, the same arguments, the same
+forward(). README.md beside this file says how to debug a kernel with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+from packets import PACKET, stages
+
+from ffmini.errors import GenerationError
+from ffmini.kernel import BUILD_INFO, PASS_ARGS, STATUS, kernel_defines, layer_bytes
+from ffmini.layout import ceil_div
+from ffmini.packing import LAYER_MATRICES, PackedModel, vectors_length
+from ffmini.resources import resource_dir
+from ffmini.rope import rope_tables
+
+SIM_DIR = Path(__file__).resolve().parent
+FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")
+SANITIZERS = (
+    "-O0",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+)
+SHARED_LIMIT = 99 * 1024  # of the smallest GPUs: rings are short and wrap often
+
+
+class SimError(Exception):
+    """The simulated device stopped a run: a deadlock, or lanes that disagree; one line says who and where."""
+
+
+@functools.lru_cache(maxsize=1)
+def build_root() -> Path:
+    """The directory of this process's builds, or the one that FFMINI_SIM_DIR names, whose builds stay."""
+    if os.environ.get("FFMINI_SIM_DIR"):
+        return Path(os.environ["FFMINI_SIM_DIR"])
+    return Path(tempfile.mkdtemp(prefix="ffmini-sim-"))
+
+
+def directory_for(sources: list[Path]) -> Path:
+    """A directory among the builds for what is made of `sources`: a new one when any of them changes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sources:
+        digest.update(str(path).encode() + path.read_bytes())
+    directory = build_root() / digest.hexdigest()
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def is_sanitized() -> bool:
+    """Whether this process can load sanitized builds; it then makes no others. See sanitized_environment."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+def sanitized_environment() -> dict[str, str]:
+    """The environment of a process that makes sanitized builds: their runtime is there from its start."""
+    command = [find_compiler(), "-print-file-name=libasan.so"]
+    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}  # Python's own leaks
+
+
+def find_compiler() -> str:
+    """The path of g++, or a SimError that names it."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise SimError("g++ not found: the tests of the simulated kernel need g++ 11 or newer")
+    return compiler
+
+
+def build(defines: dict[str, str], cuda: Path | None = None) -> Path:
+    """The shared library of one build of `cuda` (default: the project's own), compiled unless it is there."""
+    own = sorted(path for path in SIM_DIR.iterdir() if path.suffix in (".cpp", ".hpp", ".cuh"))
+    device = sorted((cuda or resource_dir("cuda")).glob("*.cu*"))
+    flags = [*FLAGS, *(SANITIZERS if is_sanitized() else ()), f"-I{SIM_DIR}"]
+    objects = [
+        str(compile_once([*flags, "-c", str(SIM_DIR / f"{name}.cpp")], directory_for(own) / f"{name}.o"))
+        for name in ("fiber", "machine")
+    ]
+    tree = directory_for(own + device)
+    for path in device:  # the device's sources, but for ptx.cuh its host twin
+        link = tree / path.name
+        if not link.exists():
+            link.symlink_to(SIM_DIR / path.name if path.name == "ptx.cuh" else path)
+    constants = [f"-D{name}={value}" for name, value in sorted(defines.items())]
+    arguments = [*flags, f"-I{tree}", "-shared", *constants, str(SIM_DIR / "sim.cpp"), *objects]
+    return compile_once(arguments, tree / "sim.so")
+
+
+def compile_once(arguments: list[str], target: Path) -> Path:
+    """What g++ makes of `arguments`, `target` with a digest of them before its name; SimError if it fails."""
+    compiler = find_compiler()
+    digest = hashlib.blake2b(repr(arguments).encode(), digest_size=12).hexdigest()
+    finished = target.with_name(f"{digest}-{target.name}")
+    if not finished.is_file():
+        partial = target.with_name(f"{os.getpid()}-{target.name}")
+        command = [compiler, *arguments, "-o", str(partial)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise SimError(f"cuda/ does not compile for the simulator:\n{result.stderr[:4000]}")
+        partial.rename(finished)
+    return finished
+
+
+def guarded_array(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+    """A new array that ends, but for the rounding to 16 bytes, at an inaccessible page and starts behind one.
+
+    Every byte is 0xff: NaN as a float and as a bf16, so that what was never written shows.
+    """
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    size = ceil_div(nbytes, mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + 2 * mmap.PAGESIZE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (base, base + mmap.PAGESIZE + size):
+        if ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, 0) != 0:
+            raise OSError("mprotect failed")
+    offset = mmap.PAGESIZE + size - ceil_div(nbytes, 16) * 16
+    array = np.frombuffer(memory, np.uint8, nbytes, offset)
+    array[...] = 0xFF
+    return array.view(dtype).reshape(shape)
+
+
+def guarded_copy(source: np.ndarray) -> np.ndarray:
+    array = guarded_array(source.shape, source.dtype)
+    array[...] = source
+    return array
+
+
+class SimDecoder:
+    """Passes of one model on a simulated grid; the interface of CPUDecoder and GPUDecoder.
+
+    One build for `rows` rows serves any number of `blocks`. `seed` chooses the schedule of every pass, 0
+    the plain one; it may be changed between passes, as may `blocks` and `lost_packet` (an index into
+    `exchange`; what is stored there never arrives). A wait that cannot end is a SimError unless `give_up` is
+    set, which lets time pass until the kernel itself gives up: a GenerationError.
+    """
+
+    def __init__(
+        self,
+        packed: PackedModel,
+        max_seq_len: int,
+        *,
+        rows: int = 8,
+        blocks: int = 3,
+        seed: int = 0,
+        shared_limit: int = SHARED_LIMIT,
+        test_pauses: bool = False,
+        cuda: Path | None = None,
+    ) -> None:
+        self.config, self.max_seq_len, self.device = packed.config, max_seq_len, "sim"
+        self.rows, self.blocks, self.seed = rows, blocks, seed
+        self.lost_packet: int | None = None
+        self.give_up = False
+        self._pass = 0
+        defines = kernel_defines(
+            packed.config,
+            packed.layouts,
+            rows=rows,
+            max_seq_len=max_seq_len,
+            shared_limit=shared_limit,
+            blocks=1,  # room for every tile in one block is room for any grid
+            test_pauses=test_pauses,
+        )
+        self._library = ctypes.CDLL(str(build(defines, cuda)))
+        weakref.finalize(self, self._library.sim_close)
+        self._library.sim_run.restype = ctypes.c_char_p
+        self._library.sim_run.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.c_void_p,
+            ctypes.c_uint32,
+            ctypes.c_bool,
+        ]
+        info = (ctypes.c_char * BUILD_INFO.itemsize).in_dll(self._library, "ffmini_build_info")
+        self.build_info = np.frombuffer(info, dtype=BUILD_INFO)[0]
+        assert self.build_info["args_bytes"] == PASS_ARGS.itemsize
+        self._upload(packed)
+
+    def _upload(self, packed: PackedModel) -> None:
+        config = self.config
+        self._layers = guarded_array((config.num_layers, layer_bytes(packed.layouts)), np.uint8)
+        self._vectors = guarded_array((config.num_layers, vectors_length(config)), np.float32)
+        for i, layer in enumerate(packed.layers):
+            self._layers[i] = np.concatenate([getattr(layer, name) for name in LAYER_MATRICES])
+            self._vectors[i, : layer.vectors.size] = layer.vectors
+        shape = (config.num_layers, 1, config.num_kv_heads, self.max_seq_len, config.head_dim)
+        self.key_cache = guarded_array(shape, np.uint16)
+        self.value_cache = guarded_array(shape, np.uint16)
+        self.exchange = guarded_array((int(self.build_info["exchange_packets"]),), PACKET)
+        self.exchange.view(np.uint8)[...] = 0
+        self._logits = guarded_array((self.rows, config.vocab_size), np.float32)
+        self._status = guarded_array((1,), STATUS)
+        self._status.view(np.uint8)[...] = 0
+        cos, sin = rope_tables(config, self.max_seq_len)
+        arrays = {
+            "layers": self._layers,
+            "lm_head": guarded_copy(packed.lm_head),
+            "vectors": self._vectors,
+            "norm": guarded_copy(packed.norm),
+            "rope_cos": guarded_copy(cos),
+            "rope_sin": guarded_copy(sin),
+            "layer_windows": guarded_copy(np.array(config.layer_windows, np.int32)),
+            "key_cache": self.key_cache,
+            "value_cache": self.value_cache,
+            "exchange": self.exchange,
+            "logits": self._logits,
+            "status": self._status,
+        }
+        if packed.embed_tokens is not None:
+            arrays["embed_tokens"] = guarded_copy(packed.embed_tokens)
+        self._arrays = arrays
+        self._args = np.zeros((), PASS_ARGS)
+        for name, array in arrays.items():
+            self._args[name] = array.ctypes.data
+        self._args["num_slots"] = 1
+        self._args["spin_limit_ns"] = 10**9
+
+    def forward(self, tokens: np.ndarray, start: int, logits: str = "last") -> np.ndarray:
+        """Run tokens [R] at positions start .. start + R - 1 in passes of up to `rows` rows.
+
+        `logits`: "last" gives float32 [1, vocab_size], "all" [R, vocab_size], "none" [0, vocab_size].
+        """
+        tokens = np.asarray(tokens, np.int32)
+        pieces = [np.zeros((0, self.config.vocab_size), np.float32)]
+        for at in range(0, len(tokens), self.rows):
+            piece = tokens[at : at + self.rows]
+            wanted = list(range(len(piece))) if logits == "all" else []
+            if logits == "last" and at + len(piece) == len(tokens):
+                wanted = [len(piece) - 1]
+            pieces.append(self.launch(piece, start + at, wanted))
+        return np.concatenate(pieces)
+
+    def launch(self, tokens: np.ndarray, start: int, wanted: list[int]) -> np.ndarray:
+        """One pass; the logits [len(wanted), vocab_size] of the rows in `wanted`."""
+        self._pass += 1
+        args = self._args
+        args["pass"] = self._pass
+        args["num_rows"] = len(tokens)
+        args["logits_rows"] = sum(1 << row for row in wanted)
+        args["rows"] = 0
+        args["rows"]["token"][: len(tokens)] = tokens
+        args["rows"]["position"][: len(tokens)] = np.arange(start, start + len(tokens))
+        self._logits[...] = np.nan
+        lost = None if self.lost_packet is None else self.exchange[self.lost_packet :].ctypes.data
+        error = self._library.sim_run(args.ctypes.data, self.seed, lost, self.blocks, self.give_up)
+        if error is not None:
+            raise SimError(f"seed {self.seed}, {self.blocks} blocks: {self._name_addresses(error.decode())}")
+        self.status = self._status[0].copy()
+        if self.status["gave_up"] == self._pass:
+            raise GenerationError(f"a wait gave up: {self.status}")
+        if self.status["non_finite"] == self._pass:
+            raise GenerationError("non-finite logits")
+        return self._logits[wanted].copy()
+
+    def _name_addresses(self, text: str) -> str:
+        """`text` with addresses in or near an array replaced by the array's name and an offset in bytes."""
+
+        def name(match: re.Match[str]) -> str:
+            address = int(match[0], 16)
+            for array_name, array in self._arrays.items():
+                offset = address - array.ctypes.data
+                if -mmap.PAGESIZE <= offset < array.nbytes + mmap.PAGESIZE:
+                    return f"{array_name} ({array.nbytes} bytes) + {offset}"
+            return match[0]
+
+        return re.sub(r"0x[0-9a-f]+", name, text)
+
+    def close(self) -> None:
+        """Free the grid's memory; the next pass takes it again."""
+        self._library.sim_close()
+
+    def stages(self) -> list[dict[str, np.ndarray]]:
+        """What the blocks told each other in the last pass; see packets.stages."""
+        return stages(self.exchange, self.config, self.rows, int(self._args["num_rows"]))

@@ -1,0 +1,221 @@
+// The simulated device: a cooperative grid whose lanes are fibers of one OS thread. A seed chooses who runs
+// next, when a relaxed store becomes visible and when an asynchronous copy lands; one seed, one run.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "fiber.hpp"
+
+// Default arguments by which a primitive learns the line that calls it.
+#define SIM_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+// The running block's dynamic shared memory (see cuda.hpp).
+extern uint8_t (*sim_shared_memory)[];
+
+namespace sim {
+
+constexpr int WARP_LANES = 32;
+constexpr uint32_t ALL_LANES = 0xffffffff;
+
+struct Site {
+    const char* op;
+    const char* file;
+    int line;
+
+    bool operator==(const Site& other) const {
+        return line == other.line && op == other.op && file == other.file;
+    }
+};
+
+// What a run is asked to do.
+struct Options {
+    uint64_t seed;            // 0: lanes in turn, stores visible at once, copies as late as allowed
+    const void* lost_packet;  // stores to this address never become visible
+    uint32_t blocks;
+    bool give_up;  // when nothing can go on, time passes until waits give up; else that is an error
+};
+
+struct Words {  // a value of 4 or 16 bytes
+    uint32_t word[4];
+};
+
+// What a seed decides.
+struct Policy {
+    enum Order { IN_TURN, NEWEST_FIRST, ANY_ORDER } order = IN_TURN;
+    int starved_block = -1, starved_warp = -1;  // runs only when no other lane can
+    uint32_t yield = 0;                         // of 256 chances to let others run where a lane need not wait
+    uint32_t store_delay = 0;                   // a pending store becomes visible in one of that many steps
+    bool stores_last = false;                   // ... only when no lane can run
+    uint32_t copies_late = 256;                 // of 256 copies that land at the wait, not at once
+};
+
+class Random {  // xorshift64*
+  public:
+    explicit Random(uint64_t seed) : state_((seed + 1) * 0x9e3779b97f4a7c15ull) {}
+    uint32_t next() {
+        state_ ^= state_ >> 12, state_ ^= state_ << 25, state_ ^= state_ >> 27;
+        return static_cast<uint32_t>((state_ * 0x2545f4914f6cdd1dull) >> 32);
+    }
+    uint32_t below(uint32_t n) { return static_cast<uint32_t>((uint64_t{next()} * n) >> 32); }
+    bool chance(uint32_t of_256) { return next() >> 24 < of_256; }
+
+  private:
+    uint64_t state_;
+};
+
+struct Copy {
+    uint8_t* to;
+    const uint8_t* from;
+};
+
+struct Warp;
+struct Block;
+
+struct Lane {
+    Block* block;
+    Warp* warp;
+    int thread;  // in its block
+    int index;   // in its warp
+    Fiber fiber;
+    bool starved;
+    enum { RUNS, READY, WAITS, POLLS, DONE } state;
+    Site site;             // where it waits
+    uint32_t mask;         // of the warp's lanes that it waits for; 0: at a barrier or polling
+    uint32_t operand[10];  // what it brings to a meeting of its warp,
+    uint32_t result[4];    // and what it takes away
+    const void* polled;    // the address of its last relaxed load and what it found there
+    Words polled_value;
+    int polls;                             // how often in a row it found the same
+    std::deque<std::vector<Copy>> copies;  // closed groups, oldest first; the last one is still open
+};
+
+// Lanes of a warp that wait for each other.
+struct Meeting {
+    uint32_t mask, arrived;
+    Site site;
+};
+
+struct Warp {
+    Lane* lanes[WARP_LANES];
+    std::vector<Meeting> meetings;
+};
+
+struct Block {
+    Block(int place, size_t shared_bytes, int threads)
+        : index(place), shared(shared_bytes), warps(threads / WARP_LANES), lanes(threads) {}
+
+    int index;
+    GuardedMemory shared;
+    std::vector<Warp> warps;
+    std::vector<Lane> lanes;
+    int arrived;  // lanes at the barrier
+    bool any;     // the or of what they brought
+    bool result;  // of the last complete barrier
+    Site site;
+};
+
+struct PendingStore {
+    Words value;
+    uint32_t words;
+    Lane* lane;
+};
+
+class Machine {
+  public:
+    // `shared_bytes` and `threads` belong to a block; `kernel` runs one lane.
+    void run(const Options& options, size_t shared_bytes, int threads, void (*kernel)());
+    // Frees the grid's shared memory and stacks, which are kept from run to run.
+    void close() { grid_.clear(); }
+    // Empty after a good run.
+    const std::string& error() const { return error_; }
+
+    // ---- what the primitives are made of; each is called by the running lane ----
+
+    Lane& lane() { return *current_; }
+    uint32_t blocks() const { return options_.blocks; }
+    uint64_t now_ns() const { return now_ns_; }
+    // Ends the run with a message.
+    [[noreturn]] void fail(const Site& site, const char* format, ...) __attribute__((format(printf, 3, 4)));
+    // The lane lets others run, perhaps.
+    void yield(bool always);
+    // All lanes of `mask` arrive here; the last one runs combine(warp), which turns operands into results.
+    template <class Combine>
+    void meet(uint32_t mask, const Site& site, Combine combine);
+    // All threads of the block arrive here; whether any of them brought `value`.
+    bool barrier(bool value, const Site& site);
+    Words load(const void* p, uint32_t words, const Site& site);
+    void store(void* p, const Words& value, uint32_t words);
+    void copy_async(uint8_t* to, const uint8_t* from);
+    void copy_commit() { current_->copies.emplace_back(); }
+    void copy_wait(size_t pending);
+
+  private:
+    static void lane_main();
+    Words read(const void* p, uint32_t words) const;
+    void choose_policy(int warps);
+    void add_block(size_t shared_bytes, int threads);
+    void start(Block& block, size_t shared_bytes);
+    void make_ready(Lane& lane);
+    void leave(int state);
+    void enter(Lane& lane, Fiber& from);
+    Lane* choose_lane();
+    bool idle();
+    void show_some_store();
+    void show(uintptr_t address);
+    void wake(uintptr_t address);
+    std::string who_waits() const;
+
+    Options options_{};
+    Policy policy_;
+    Random random_{0};
+    void (*kernel_)() = nullptr;
+    Fiber scheduler_;
+    Lane* current_ = nullptr;
+    std::string error_;
+    uint64_t now_ns_ = 0;
+    int lanes_left_ = 0;
+    int idle_rounds_ = 0;                       // since a lane last did anything but poll
+    std::vector<std::unique_ptr<Block>> grid_;  // the largest so far; a run uses the first blocks of it
+    std::deque<Lane*> ready_[2];                // the second one: starved lanes
+    std::unordered_map<uintptr_t, std::deque<PendingStore>> pending_;
+    std::vector<uintptr_t> pending_order_;  // an entry for each pending store
+    std::unordered_map<uintptr_t, std::vector<Lane*>> pollers_;
+};
+
+extern Machine machine;
+
+template <class Combine>
+void Machine::meet(uint32_t mask, const Site& site, Combine combine) {
+    Lane& lane = *current_;
+    const uint32_t bit = 1u << lane.index;
+    if (!(mask & bit)) fail(site, "mask %08x leaves the calling lane out", mask);
+    std::vector<Meeting>& meetings = lane.warp->meetings;
+    size_t i = 0;
+    while (i < meetings.size() && meetings[i].mask != mask) ++i;
+    if (i == meetings.size()) meetings.push_back({mask, 0, site});
+    if (!(meetings[i].site == site)) {
+        fail(site, "lanes %08x of the same warp are in %s of line %d", meetings[i].arrived,
+             meetings[i].site.op, meetings[i].site.line);
+    }
+    idle_rounds_ = 0;
+    meetings[i].arrived |= bit;
+    if (meetings[i].arrived != mask) {
+        lane.site = site;
+        lane.mask = mask;
+        leave(Lane::WAITS);
+        return;
+    }
+    meetings.erase(meetings.begin() + i);
+    combine(*lane.warp);
+    for (int other = 0; other < WARP_LANES; ++other) {
+        if ((mask & ~bit) >> other & 1) make_ready(*lane.warp->lanes[other]);
+    }
+    yield(false);
+}
+
+}  // namespace sim

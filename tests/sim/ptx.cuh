@@ -1,0 +1,109 @@
+// The host twin of cuda/ptx.cuh: the same functions with the same contracts, on the simulated device.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cuda.hpp"
+
+// The device's sum is exact but for the alignment of its addends, which is not documented. Here: the 16
+// products and the accumulator are added in double in ascending k and rounded to float once. The two differ
+// by at most 2^-21 of the largest addend.
+inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIM_SITE) {
+    sim::Lane& lane = sim::machine.lane();
+    const uint32_t b[2] = {b0, b1};
+    memcpy(lane.operand, d, 16);
+    memcpy(lane.operand + 4, a, 16);
+    memcpy(lane.operand + 8, b, 8);
+    sim::machine.meet(sim::ALL_LANES, {"mma_16x8x16", file, line}, [](sim::Warp& warp) {
+        float rows[16][16], columns[8][16];  // [row][k], [column][k]
+        for (int l = 0; l < sim::WARP_LANES; ++l) {
+            const uint32_t* words = warp.lanes[l]->operand + 4;
+            const int g = l / 4, t = l % 4;
+            for (int half = 0; half < 2; ++half) {
+                const int k = 2 * t + 8 * half;
+                for (int hi = 0; hi < 2; ++hi) {
+                    rows[g + 8 * hi][k] = __uint_as_float(words[2 * half + hi] << 16);
+                    rows[g + 8 * hi][k + 1] = __uint_as_float(words[2 * half + hi] & 0xffff0000);
+                }
+                columns[g][k] = __uint_as_float(words[4 + half] << 16);
+                columns[g][k + 1] = __uint_as_float(words[4 + half] & 0xffff0000);
+            }
+        }
+        for (int l = 0; l < sim::WARP_LANES; ++l) {
+            for (int i = 0; i < 4; ++i) {
+                const float *row = rows[l / 4 + i / 2 * 8], *column = columns[2 * (l % 4) + i % 2];
+                double sum = 0;
+                for (int k = 0; k < 16; ++k) sum += static_cast<double>(row[k]) * column[k];
+                sum += __uint_as_float(warp.lanes[l]->operand[i]);
+                warp.lanes[l]->result[i] = __float_as_uint(static_cast<float>(sum));
+            }
+        }
+    });
+    memcpy(d, lane.result, 16);
+}
+
+inline uint32_t pack_bf16x2(float low, float high) {
+    const auto round = [](float f) {
+        const uint32_t bits = __float_as_uint(f);
+        if (f != f) return 0x7fffu;
+        return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    };
+    return round(low) | round(high) << 16;
+}
+
+// Rounded to float and then to bf16: right wherever the sum fits a float.
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+    const auto value = [](uint32_t word) { return __uint_as_float(word << 16); };
+    return pack_bf16x2(fmaf(value(a), value(b), value(c)),
+                       fmaf(value(a >> 16), value(b >> 16), value(c >> 16)));
+}
+
+inline float half_to_float(uint16_t bits) {
+    const uint32_t sign = static_cast<uint32_t>(bits >> 15) << 31, exponent = bits >> 10 & 31;
+    const uint32_t mantissa = bits & 1023;
+    if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | mantissa << 13);
+    if (exponent != 0) return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return sign ? -magnitude : magnitude;
+}
+
+inline float exp2_approx(float x) {
+    return exp2f(x);
+}
+
+inline void copy_async_16(void* shared, const void* global) {
+    sim::machine.copy_async(static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global));
+}
+
+inline void copy_async_commit() {
+    sim::machine.copy_commit();
+}
+
+template <int PENDING>
+inline void copy_async_wait() {
+    sim::machine.copy_wait(PENDING);
+}
+
+inline uint4 load_relaxed_128(const uint4* p, SIM_SITE) {
+    const sim::Words v = sim::machine.load(p, 4, {"load_relaxed_128", file, line});
+    return {v.word[0], v.word[1], v.word[2], v.word[3]};
+}
+
+inline void store_relaxed_128(uint4* p, uint4 v) {
+    sim::machine.store(p, {{v.x, v.y, v.z, v.w}}, 4);
+}
+
+inline uint32_t load_relaxed_32(const uint32_t* p, SIM_SITE) {
+    return sim::machine.load(p, 1, {"load_relaxed_32", file, line}).word[0];
+}
+
+inline void store_relaxed_32(uint32_t* p, uint32_t v) {
+    sim::machine.store(p, {{v}}, 1);
+}
+
+// Moves in steps of 1.024 microseconds, as the device's does.
+inline uint64_t global_timer_ns() {
+    sim::machine.yield(true);
+    return sim::machine.now_ns() >> 10 << 10;
+}

@@ -1,0 +1,55 @@
+// The kernel on the simulated device as a shared library: what tests/sim/driver.py calls.
+
+#include "cuda.hpp"
+#include "fault.hpp"
+#include "ffmini.cu"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace {
+
+// Denormals are zero while it lives, as the kernel's build option -ftz=true says.
+class FlushToZero {
+  public:
+#if defined(__x86_64__)
+    FlushToZero() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+    ~FlushToZero() { _mm_setcsr(saved_); }
+
+  private:
+    unsigned saved_;
+#else
+    FlushToZero() : saved_(get()) { set(saved_ | 1ull << 24); }
+    ~FlushToZero() { set(saved_); }
+
+  private:
+    static uint64_t get() {
+        uint64_t fpcr;
+        asm volatile("mrs %0, fpcr" : "=r"(fpcr));
+        return fpcr;
+    }
+    static void set(uint64_t fpcr) { asm volatile("msr fpcr, %0" ::"r"(fpcr)); }
+    uint64_t saved_;
+#endif
+};
+
+const PassArgs* pass_args;
+
+}  // namespace
+
+// One launch; see sim::Options. Null after a good one, else a line that says what went wrong.
+extern "C" const char* sim_run(const PassArgs* args, uint64_t seed, const void* lost_packet, uint32_t blocks,
+                               bool give_up) {
+    const FlushToZero flush;
+    const sim::FaultGuard guard;
+    pass_args = args;
+    sim::machine.run({seed, lost_packet, blocks, give_up}, SHARED_BYTES, THREADS,
+                     [] { ffmini_pass(*pass_args); });
+    return sim::machine.error().empty() ? nullptr : sim::machine.error().c_str();
+}
+
+// Gives the grid's memory back; the next launch takes it again.
+extern "C" void sim_close() {
+    sim::machine.close();
+}
