@@ -7,6 +7,8 @@
 
 #define MASKED __int_as_float(0xff800000)  // minus infinity
 
+constexpr int ONLY_SPLIT = -1;
+
 // What a row of the pass attends to.
 struct Span {
     int first_row;    // of the pass's rows in this slot
@@ -23,13 +25,6 @@ struct Span {
     __device__ int first_split() const { return first / KV_BLOCK; }
     __device__ int splits() const { return last / KV_BLOCK - first / KV_BLOCK + 1; }
 };
-
-// The cache vector [HEAD_DIM] of one position.
-__device__ __forceinline__ uint64_t cache_offset(const PassArgs& args, int layer, int slot, int kv_head,
-                                                 int position) {
-    const uint64_t head = (static_cast<uint64_t>(layer) * args.num_slots + slot) * NUM_KV_HEADS + kv_head;
-    return (head * MAX_SEQ_LEN + position) * HEAD_DIM;
-}
 
 // Receives elements [first, first + count) of a row's q, k and v into `target`.
 __device__ __forceinline__ bool receive_qkv(const Block& block, const uint4* packets, int first, int count,
@@ -74,33 +69,40 @@ __device__ __forceinline__ void norm_and_rotate(const Block& block, const float*
     }
 }
 
-// One (row, group of query heads, split) of a layer.
+// One (row, group of query heads, split) of a layer. Few members: they stay in registers beside the
+// weights' cursor, so what follows from them is computed.
 struct AttentionItem {
-    const float* vectors;  // the layer's
-    int layer, row, kv_head, split;
-    int first_head, heads;  // the query heads
-    Span span;
+    const PassArgs& args;
+    int layer, row;
+    int first_head;  // of up to ITEM_HEADS query heads of one KV head
     int begin, end;  // positions of the split that the row sees: begin <= p < end
-    int fresh;       // the first position that is in this pass's packets, at least begin
-    int slot;
+    int fresh;       // the first of them whose K and V are in this pass's packets; end if none
+    int fresh_row;   // the row of the pass at position `fresh`
 
-    // `group` counts the groups of heads of all KV heads.
-    __device__ AttentionItem(const PassArgs& args, int layer_, int row_, int group, int split_,
-                             const Span& span_)
-        : vectors(args.vectors + static_cast<uint64_t>(layer_) * VECTORS_SIZE),
+    // `group` counts the groups of heads of all KV heads; `split` is the block of positions.
+    __device__ AttentionItem(const PassArgs& pass_args, int layer_, int row_, int group, int split,
+                             const Span& span)
+        : args(pass_args),
           layer(layer_),
           row(row_),
-          kv_head(group / HEAD_GROUPS),
-          split(split_),
-          first_head(kv_head * HEADS_PER_KV + group % HEAD_GROUPS * ITEM_HEADS),
-          heads(min_of(ITEM_HEADS, (kv_head + 1) * HEADS_PER_KV - first_head)),
-          span(span_),
-          begin(max_of(split_ * KV_BLOCK, span_.first)),
-          end(min_of((split_ + 1) * KV_BLOCK, span_.last + 1)),
-          fresh(max_of(begin, span_.fresh_from)),
-          slot(args.rows[row_].slot) {}
+          first_head(group / HEAD_GROUPS * HEADS_PER_KV + group % HEAD_GROUPS * ITEM_HEADS),
+          begin(max_of(split * KV_BLOCK, span.first)),
+          end(min_of((split + 1) * KV_BLOCK, span.last + 1)),
+          fresh(min_of(end, max_of(begin, span.fresh_from))),
+          fresh_row(span.first_row + fresh - span.fresh_from) {}
 
-    __device__ int fresh_rows() const { return max_of(0, end - fresh); }
+    __device__ int kv_head() const { return first_head / HEADS_PER_KV; }
+    __device__ int heads() const { return min_of(ITEM_HEADS, (kv_head() + 1) * HEADS_PER_KV - first_head); }
+    __device__ int origin() const { return begin / KV_BLOCK * KV_BLOCK; }
+    __device__ int position() const { return args.rows[row].position; }
+    __device__ const float* vectors() const {
+        return args.vectors + static_cast<uint64_t>(layer) * VECTORS_SIZE;
+    }
+    // In the cache: the vector [HEAD_DIM] of position `p`.
+    __device__ uint64_t cache_offset(int p) const {
+        const uint64_t slot = static_cast<uint64_t>(layer) * args.num_slots + args.rows[row].slot;
+        return ((slot * NUM_KV_HEADS + kv_head()) * MAX_SEQ_LEN + p) * HEAD_DIM;
+    }
 };
 
 // Fills query_bf16, key_bf16 and value_bf16 of the item, and appends the row's own K and V to the cache.
@@ -109,23 +111,22 @@ __device__ __forceinline__ bool load_item(Block& block, const AttentionItem& ite
     AttentionScratch& s = *block.attention;
     for (int i = block.thread; i < 8 * QUERY_STRIDE; i += THREADS) s.query_bf16[i] = 0;
     bool arrived = receive_qkv(block, qkv + item.row * QKV_PACKETS, item.first_head * HEAD_DIM,
-                               item.heads * HEAD_DIM, tag, where, s.query);
-    for (int i = 0; arrived && i < item.fresh_rows(); ++i) {
-        const uint4* packets =
-            qkv + (item.span.first_row + item.fresh - item.span.fresh_from + i) * QKV_PACKETS;
-        const int key = ATTENTION_SIZE + item.kv_head * HEAD_DIM;
+                               item.heads() * HEAD_DIM, tag, where, s.query);
+    for (int i = 0; arrived && i < item.end - item.fresh; ++i) {
+        const uint4* packets = qkv + (item.fresh_row + i) * QKV_PACKETS;
+        const int key = ATTENTION_SIZE + item.kv_head() * HEAD_DIM;
         arrived = receive_qkv(block, packets, key, HEAD_DIM, tag, where, s.key + i * HEAD_DIM) &&
                   receive_qkv(block, packets, key + KV_SIZE, HEAD_DIM, tag, where, s.value + i * HEAD_DIM);
     }
     if (__syncthreads_or(!arrived)) return false;
-    for (int v = block.warp; v < item.heads + item.fresh_rows(); v += WARPS) {
-        const int i = v - item.heads;
+    for (int v = block.warp; v < item.heads() + item.end - item.fresh; v += WARPS) {
+        const int i = v - item.heads();
         if (i < 0) {
-            norm_and_rotate(block, s.query + v * HEAD_DIM, item.vectors + Q_NORM_OFFSET, item.span.last,
+            norm_and_rotate(block, s.query + v * HEAD_DIM, item.vectors() + Q_NORM_OFFSET, item.position(),
                             s.query_bf16 + v * QUERY_STRIDE);
             continue;
         }
-        norm_and_rotate(block, s.key + i * HEAD_DIM, item.vectors + K_NORM_OFFSET, item.fresh + i,
+        norm_and_rotate(block, s.key + i * HEAD_DIM, item.vectors() + K_NORM_OFFSET, item.fresh + i,
                         s.key_bf16 + i * HEAD_DIM);
         for (int d = block.lane; d < HEAD_DIM; d += 32) {
             s.value_bf16[i * HEAD_DIM + d] =
@@ -133,9 +134,9 @@ __device__ __forceinline__ bool load_item(Block& block, const AttentionItem& ite
         }
     }
     __syncthreads();
-    if (item.end == item.span.last + 1 && item.first_head == item.kv_head * HEADS_PER_KV) {
-        const uint64_t at = cache_offset(block.args, item.layer, item.slot, item.kv_head, item.span.last);
-        const int own = (item.span.last - item.fresh) * HEAD_DIM;
+    if (item.end == item.position() + 1 && item.first_head == item.kv_head() * HEADS_PER_KV) {
+        const uint64_t at = item.cache_offset(item.position());
+        const int own = (item.position() - item.fresh) * HEAD_DIM;
         for (int d = block.thread; d < HEAD_DIM; d += THREADS) {
             block.args.key_cache[at + d] = s.key_bf16[own + d];
             block.args.value_cache[at + d] = s.value_bf16[own + d];
@@ -159,9 +160,8 @@ __device__ __forceinline__ uint4 load_key(const Block& block, const AttentionIte
 __device__ __forceinline__ void score_positions(Block& block, const AttentionItem& item) {
     const int t = block.lane % 4, g = block.lane / 4;
     const int local = TILE_ROWS * block.warp + g;
-    const int position = item.split * KV_BLOCK + local;
-    const uint16_t* cache =
-        block.args.key_cache + cache_offset(block.args, item.layer, item.slot, item.kv_head, item.begin);
+    const int position = item.origin() + local;
+    const uint16_t* cache = block.args.key_cache + item.cache_offset(item.begin);
     float dots[4] = {};
 #pragma unroll 1  // more would spill: the ring's cursor and the stage's state are live here too
     for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void score_positions(Block& block, const AttentionIte
     }
     for (int i = 0; i < 4; ++i) {
         const int head = 2 * t + i % 2, row = i / 2 * 8;
-        if (head >= item.heads) continue;
+        if (head >= item.heads()) continue;
         const bool visible = position + row >= item.begin && position + row < item.end;
         block.attention->score[(local + row) * SCORE_STRIDE + head] =
             visible ? dots[i] * SCORE_SCALE : MASKED;
@@ -208,12 +208,11 @@ __device__ __forceinline__ void softmax_block(Block& block, int heads) {
 __device__ __forceinline__ void weigh_values(Block& block, const AttentionItem& item) {
     AttentionScratch& s = *block.attention;
     const int pair = block.thread % VALUE_PAIRS, group = block.thread / VALUE_PAIRS;
-    const int origin = item.split * KV_BLOCK;
+    const int origin = item.origin();
     const int begin = max_of(item.begin, origin + group * VALUE_RUN);
     const int end = min_of(item.end, origin + (group + 1) * VALUE_RUN);
-    const uint16_t* cache =
-        block.args.value_cache + cache_offset(block.args, item.layer, item.slot, item.kv_head, item.begin);
-    for (int chunk = 0; chunk < item.heads; chunk += HEAD_CHUNK) {
+    const uint16_t* cache = block.args.value_cache + item.cache_offset(item.begin);
+    for (int chunk = 0; chunk < item.heads(); chunk += HEAD_CHUNK) {
         float low[HEAD_CHUNK] = {}, high[HEAD_CHUNK] = {};
 #pragma unroll 4
 #pragma unroll 2
@@ -224,7 +223,7 @@ __device__ __forceinline__ void weigh_values(Block& block, const AttentionItem& 
             const float* p = s.score + (position - origin) * SCORE_STRIDE + chunk;
 #pragma unroll
             for (int h = 0; h < HEAD_CHUNK; ++h) {
-                if (chunk + h >= item.heads) break;
+                if (chunk + h >= item.heads()) break;
                 low[h] = fmaf(p[h], __uint_as_float(v << 16), low[h]);
                 high[h] = fmaf(p[h], __uint_as_float(v & 0xffff0000), high[h]);
             }
@@ -235,7 +234,7 @@ __device__ __forceinline__ void weigh_values(Block& block, const AttentionItem& 
         }
         __syncthreads();
         for (int i = block.thread; i < HEAD_CHUNK * HEAD_DIM; i += THREADS) {
-            if (chunk + i / HEAD_DIM >= item.heads) break;
+            if (chunk + i / HEAD_DIM >= item.heads()) break;
             float sum = 0.0f;
 #pragma unroll 4
             for (int run = 0; run < VALUE_GROUPS; ++run) sum += s.partial[run * HEAD_CHUNK * HEAD_DIM + i];
@@ -271,23 +270,25 @@ __device__ __forceinline__ void publish_partial(const AttentionScratch& s, int h
     publish(packets + packet_index, words[0], words[1], words[2], tag);
 }
 
+// Publishes the item's share as partial number `split` of its row, or, if that is ONLY_SPLIT, as attention's
+// finished output.
 __device__ __forceinline__ bool attend(Block& block, const AttentionItem& item, const LayerPackets& packets,
-                                       uint4* partials, bool whole, uint32_t tag, int where) {
+                                       uint4* partials, int split, uint32_t tag, int where) {
     if (!load_item(block, item, packets.qkv(), tag, where)) return false;
     score_positions(block, item);
     __syncthreads();
-    softmax_block(block, item.heads);
+    softmax_block(block, item.heads());
     __syncthreads();
     weigh_values(block, item);
+    const bool whole = split == ONLY_SPLIT;
     const int count = whole ? HEAD_PACKETS : PARTIAL_PACKETS;
-    for (int i = block.thread; i < item.heads * count; i += THREADS) {
+    for (int i = block.thread; i < item.heads() * count; i += THREADS) {
         const int head = i / count, index = i % count;
         const int row_head = item.row * NUM_HEADS + item.first_head + head;
         if (whole) {
             publish_head(block.attention->out + head * HEAD_DIM, block.attention->sum[head], index,
                          packets.attention() + row_head * HEAD_PACKETS, tag);
         } else {
-            const int split = item.split - item.span.first_split();
             publish_partial(
                 *block.attention, head, index,
                 partials + (static_cast<uint64_t>(row_head) * MAX_SPLITS + split) * PARTIAL_PACKETS, tag);

@@ -78,15 +78,21 @@ struct Block {
 
     __device__ Block(const PassArgs& pass_args, uint8_t* memory)
         : args(pass_args),
-          thread(threadIdx.x),
-          warp(threadIdx.x / 32),
-          lane(threadIdx.x % 32),
           num_rows(pass_args.num_rows),
           activations(reinterpret_cast<uint16_t*>(memory)),
           attention(reinterpret_cast<AttentionScratch*>(memory)),
           merge(reinterpret_cast<MergeScratch*>(memory)),
           shared(reinterpret_cast<SharedTail*>(memory + round_up(SCRATCH_BYTES, 128))),
-          weights(pass_args, memory + FIXED_BYTES + threadIdx.x / 32 * RING_SLOTS * SLOT_CAPACITY) {}
+          weights(pass_args, memory + FIXED_BYTES + threadIdx.x / 32 * RING_SLOTS * SLOT_CAPACITY) {
+        locate();
+    }
+
+    // Called once a layer: places that depend on the thread are computed anew, not kept over the layers.
+    __device__ void locate() {
+        thread = opaque(threadIdx.x);
+        warp = thread / 32;
+        lane = thread % 32;
+    }
 
     // The sum over the warp, the same bits in every lane.
     __device__ float warp_sum(float x) const {

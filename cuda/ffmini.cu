@@ -199,7 +199,7 @@ __device__ __forceinline__ bool attention(Block& block, const LayerPackets& pack
         const Span span(args, row, window);
         if (split >= span.splits()) continue;
         const AttentionItem item(args, layer, row, group, span.first_split() + split, span);
-        if (!attend(block, item, packets, partials, most_splits == 1, tag,
+        if (!attend(block, item, packets, partials, most_splits == 1 ? ONLY_SPLIT : split, tag,
                     where_of(layer, STAGE_ATTENTION))) {
             return false;
         }
@@ -294,6 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ffmini_pass(const __gri
     embed(block, LayerPackets(args.exchange, 0), tag_of(args, 0));
 #pragma unroll 1
     for (int layer = 0; layer < NUM_LAYERS; ++layer) {
+        block.locate();
         const LayerPackets packets(args.exchange, layer);
         const uint32_t tag = tag_of(args, layer);
         if (!norm_qkv(block, packets, layer, tag)) return;

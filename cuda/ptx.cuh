@@ -7,6 +7,13 @@ typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 
+// The same value, but the compiler can't know: what is computed from it stays where it is used, instead of
+// being computed ahead for a whole loop and held in registers.
+__device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // d += a * b for one 16 x 16 by 16 x 8 step of bf16 operands, accumulated in fp32. With g = lane / 4 and
 // t = lane % 4: a holds rows {g, g+8} at k {2t, 2t+1} in a[0], a[1] and at k {2t+8, 2t+9} in a[2], a[3];
 // b0 holds column g at k {2t, 2t+1}, b1 at k {2t+8, 2t+9}; d[0], d[1] are row g at columns {2t, 2t+1},

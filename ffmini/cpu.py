@@ -201,7 +201,7 @@ class CPUDecoder:
         return from_bf16(self._embed_bits[tokens]).astype(self._dtype)
 
     def norm_qkv(self, layer: int, x: np.ndarray, start: int = 0) -> np.ndarray:
-        """x [R, hidden_size] -> q, k, v [R, (num_heads + 2 num_kv_heads) head_dim], before QK norm and rope."""
+        """x [R, hidden_size] -> q, k, v [R, (num_heads + 2 num_kv_heads) head_dim] before norm and rope."""
         weights = self._layers[layer]
         y = self._norm_rounded(x, weights.vectors["input_layernorm"])
         return _add_bias(multiply(y, weights.qkv_proj, start), weights.vectors, "qkv_bias")

@@ -6,6 +6,7 @@ forward(). README.md beside this file says how to debug a kernel with it.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -45,10 +46,12 @@ class SimError(Exception):
 
 @functools.lru_cache(maxsize=1)
 def build_root() -> Path:
-    """The directory of this process's builds, or the one that FFMINI_SIM_DIR names, whose builds stay."""
+    """A directory for the builds of this process; FFMINI_SIM_DIR names one whose builds stay."""
     if os.environ.get("FFMINI_SIM_DIR"):
         return Path(os.environ["FFMINI_SIM_DIR"])
-    return Path(tempfile.mkdtemp(prefix="ffmini-sim-"))
+    directory = tempfile.mkdtemp(prefix="ffmini-sim-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory)
 
 
 def directory_for(sources: list[Path]) -> Path:

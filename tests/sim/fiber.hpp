@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 
@@ -26,9 +27,9 @@ class GuardedMemory {
     explicit GuardedMemory(size_t bytes)
         : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))), inner_((bytes + page_ - 1) / page_ * page_) {
         void* base = mmap(nullptr, inner_ + 2 * page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (base == MAP_FAILED) abort();
+        if (base == MAP_FAILED) fail("mmap");
         base_ = static_cast<uint8_t*>(base);
-        if (mprotect(base_ + page_, inner_, PROT_READ | PROT_WRITE) != 0) abort();
+        if (mprotect(base_ + page_, inner_, PROT_READ | PROT_WRITE) != 0) fail("mprotect");
         data = base_ + page_ + inner_ - bytes;
     }
     GuardedMemory(const GuardedMemory&) = delete;
@@ -37,6 +38,11 @@ class GuardedMemory {
     uint8_t* data;
 
   private:
+    [[noreturn]] static void fail(const char* call) {
+        perror(call);
+        abort();
+    }
+
     size_t page_, inner_;
     uint8_t* base_;
 };

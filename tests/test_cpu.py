@@ -1,0 +1,332 @@
+"""The CPU path: bits however positions are grouped, each stage against plain formulas, and refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_prompt, write_checkpoint
+
+import ffmini.cpu
+from ffmini.convert import pack_checkpoint
+from ffmini.cpu import CPUDecoder, multiply, rms_norm, silu
+from ffmini.errors import GenerationError, MemoryBudgetError
+from ffmini.layout import FORMATS
+from ffmini.numerics import from_bf16, round_bf16
+from ffmini.packing import PackedModel, unpack_matrix, vector_offsets
+
+LENGTH = 280  # goes beyond a KV block of 256 positions
+BF16_ULP = 2.0**-8
+
+MakeModel = Callable[..., PackedModel]
+
+
+@pytest.fixture(scope="module")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    def make(family: str, dtype: str = "bf16", **changes: Any) -> PackedModel:
+        directory = tmp_path_factory.mktemp("tiny")
+        write_checkpoint(directory, tiny_config(family, **changes))
+        return pack_checkpoint(directory, dtype, 32, progress=False)
+
+    return make
+
+
+def make_decoder(packed: PackedModel, max_seq_len: int = LENGTH, **options: Any) -> CPUDecoder:
+    return CPUDecoder(packed, max_seq_len, progress=False, **options)
+
+
+def run_in_chunks(decoder: CPUDecoder, tokens: np.ndarray, rows: int) -> np.ndarray:
+    starts = range(0, len(tokens), rows)
+    return np.concatenate([decoder.forward(tokens[at : at + rows], at, "all") for at in starts])
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+# ---- bits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama_biases", "bf16"), ("mistral", "int8"), ("smollm2", "bf16"), ("qwen3", "int4")],
+)
+def test_grouping_changes_no_bit(make_model: MakeModel, family: str, dtype: str) -> None:
+    packed = make_model(family, dtype)
+    tokens = tiny_prompt(tiny_config(family), LENGTH)
+    expected = make_decoder(packed).forward(tokens, 0, "all")
+    for rows in (1, 3, 16, 100):
+        # A longer cache, with something in it, must not matter either.
+        decoder = make_decoder(packed, LENGTH + 50 * rows)
+        decoder.forward(tokens[::-1], 0, "none")
+        np.testing.assert_array_equal(run_in_chunks(decoder, tokens, rows), expected)
+
+
+def test_product_depends_on_a_rows_position_only() -> None:
+    rng = np.random.default_rng(0)
+    for n, k, m in [
+        (40, 48, 64),
+        (35, 300, 17),
+        (18, 1024, 100),
+        (50, 64, 259),
+        (33, 2048, 8),
+        (20, 5000, 16),
+    ]:
+        x = rng.standard_normal((n, k), np.float32)
+        w = rng.standard_normal((m, k), np.float32)
+        start = int(rng.integers(1000))
+        expected = multiply(x, w, start)
+        for rows in (1, 3, 16):
+            pieces = [multiply(x[at : at + rows], w, start + at) for at in range(0, n, rows)]
+            np.testing.assert_array_equal(np.concatenate(pieces), expected)
+        np.testing.assert_allclose(expected, x.astype(np.float64) @ w.T, rtol=0, atol=1e-6 * k)
+
+
+@pytest.mark.parametrize("kernels", ["Haswell", "Nehalem"])
+def test_grouping_changes_no_bit_with_older_kernels(kernels: str) -> None:
+    """OpenBLAS's AVX2 kernels give a row other bits in another place of its block."""
+    environment = os.environ | {"OPENBLAS_CORETYPE": kernels, "OPENBLAS_NUM_THREADS": "1"}
+    names = ("test_product_depends_on_a_rows_position_only", "test_grouping_changes_no_bit[qwen3-int4]")
+    command = [sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{name}" for name in names)]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- stages --------------------------------------------------------------------------------------------
+
+
+def dense(packed: PackedModel, name: str, layer: int = 1) -> np.ndarray:
+    return unpack_matrix(getattr(packed.layers[layer], name), packed.layouts[name]).astype(np.float64)
+
+
+def vector(packed: PackedModel, name: str, layer: int = 1) -> np.ndarray:
+    offset, length = vector_offsets(packed.config)[name]
+    return packed.layers[layer].vectors[offset : offset + length].astype(np.float64)
+
+
+def rounded_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    exact = x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + eps) * weight
+    return round_bf16(exact.astype(np.float32)).astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def biased(make_model: MakeModel) -> PackedModel:
+    return make_model("llama_biases", intermediate_size=100)
+
+
+def random_rows(seed: int, columns: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((5, columns), np.float32)
+
+
+def test_embed(make_model: MakeModel) -> None:
+    tokens = np.array([0, 7, 258, 7])
+    untied = make_model("llama2")
+    expected = from_bf16(untied.embed_tokens[tokens])
+    np.testing.assert_array_equal(make_decoder(untied).embed(tokens), expected)
+    for dtype in FORMATS:
+        tied = make_model("smollm2", dtype)
+        assert tied.embed_tokens is None
+        expected = unpack_matrix(tied.lm_head, tied.layouts["lm_head"])[tokens]
+        np.testing.assert_array_equal(make_decoder(tied).embed(tokens), expected)
+
+
+def test_norm_qkv(biased: PackedModel) -> None:
+    x = random_rows(1, 64)
+    y = rounded_norm(x, vector(biased, "input_layernorm"), biased.config.rms_norm_eps)
+    expected = y @ dense(biased, "qkv_proj").T + vector(biased, "qkv_bias")
+    found = make_decoder(biased).norm_qkv(1, x)
+    assert found.dtype == np.float32
+    assert relative_error(found, expected) < 1e-6
+
+
+def test_o_proj(biased: PackedModel) -> None:
+    attn, x = round_bf16(random_rows(2, 64)), random_rows(3, 64)
+    expected = x + attn @ dense(biased, "o_proj").T + vector(biased, "o_bias")
+    assert relative_error(make_decoder(biased).o_proj(1, attn, x), expected) < 1e-6
+
+
+def test_norm_gate_up_and_down_proj(biased: PackedModel) -> None:
+    x = random_rows(4, 64)
+    y = rounded_norm(x, vector(biased, "post_attention_layernorm"), biased.config.rms_norm_eps)
+    both = y @ dense(biased, "gate_up_proj").T + vector(biased, "gate_up_bias")
+    # 100 is no multiple of 8: the last tile has four rows of gate, four of padding, and so for up.
+    gate, up = (both.reshape(5, 13, 2, 8)[:, :, part].reshape(5, -1)[:, :100] for part in (0, 1))
+    expected = round_bf16((gate / (1 + np.exp(-gate)) * up).astype(np.float32))
+    decoder = make_decoder(biased)
+    act = decoder.norm_gate_up(1, x)
+    assert act.shape == (5, 100)
+    np.testing.assert_array_equal(act, round_bf16(act))
+    assert relative_error(act, expected) < 1e-3
+    expected = x + act @ dense(biased, "down_proj").T + vector(biased, "down_bias")
+    assert relative_error(decoder.down_proj(1, act, x), expected) < 1e-6
+
+
+def test_norm_lm_head(biased: PackedModel) -> None:
+    x = random_rows(5, 64)
+    y = rounded_norm(x, biased.norm, biased.config.rms_norm_eps)
+    expected = y @ unpack_matrix(biased.lm_head, biased.layouts["lm_head"]).T
+    assert relative_error(make_decoder(biased).norm_lm_head(x), expected) < 1e-6
+
+
+def plain_attention(
+    packed: PackedModel, qkv: np.ndarray, window: int, rounding: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Row by row and head by head, one softmax over all visible positions, in double after `rounding`."""
+    config = packed.config
+    theta = config.rope.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    heads = qkv.astype(np.float64).reshape(len(qkv), -1, config.head_dim)
+
+    def turn(x: np.ndarray, name: str) -> np.ndarray:
+        x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.rms_norm_eps) * vector(packed, name)
+        pairs = x[..., : config.head_dim // 2] + 1j * x[..., config.head_dim // 2 :]
+        pairs = pairs * np.exp(1j * np.arange(len(x))[:, None, None] * theta)
+        return rounding(np.concatenate((pairs.real, pairs.imag), axis=-1))
+
+    split = (config.num_heads, config.num_heads + config.num_kv_heads)
+    q, k, v = np.split(heads, split, axis=1)
+    q, k, v = turn(q, "q_norm"), turn(k, "k_norm"), rounding(v)
+    out = np.empty_like(q)
+    for row in range(len(q)):
+        first = max(0, row - window + 1) if window else 0
+        for head in range(config.num_heads):
+            kv_head = head // (config.num_heads // config.num_kv_heads)
+            scores = k[first : row + 1, kv_head] @ q[row, head] / np.sqrt(config.head_dim)
+            p = np.exp(scores - scores.max())
+            out[row, head] = p / p.sum() @ v[first : row + 1, kv_head]
+    return out.reshape(len(qkv), -1)
+
+
+@pytest.mark.parametrize("window", [0, 24, 270])
+def test_attention(make_model: MakeModel, window: int) -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0} if window else {}
+    packed = make_model("qwen3", **sliding)
+    assert set(packed.config.layer_windows) == {window}
+    columns = (packed.config.num_heads + 2 * packed.config.num_kv_heads) * packed.config.head_dim
+    qkv = np.random.default_rng(6).standard_normal((LENGTH, columns), np.float32)
+    positions = np.arange(LENGTH)
+    exact = make_decoder(packed, precision="float64").attention(1, qkv.astype(np.float64), positions)
+    assert relative_error(exact, plain_attention(packed, qkv, window, lambda x: x)) < 1e-12
+
+    decoder = make_decoder(packed)
+    found = decoder.attention(1, qkv, positions)
+    rounded = plain_attention(packed, qkv, window, lambda x: round_bf16(x.astype(np.float32)).astype(float))
+    assert 1e-4 < relative_error(found, rounded) < BF16_ULP
+    for array in (found, decoder.key_cache, decoder.value_cache):
+        np.testing.assert_array_equal(array, round_bf16(array))
+    assert not decoder.key_cache[0].any()
+
+
+def test_rms_norm_and_silu() -> None:
+    x = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
+    weight = np.array([1.0, -2.0], np.float32)
+    np.testing.assert_allclose(
+        rms_norm(x, weight, 0.0 + 1e-12)[0], [3 / 12.5**0.5, -8 / 12.5**0.5], rtol=1e-6
+    )
+    np.testing.assert_array_equal(rms_norm(x, weight, 1e-6)[1], [0.0, 0.0])
+    x = np.array([-1000.0, -1.0, 0.0, 1000.0], np.float32)
+    np.testing.assert_allclose(silu(x), [0.0, -1 / (1 + np.e), 0.0, 1000.0], rtol=1e-6)
+
+
+# ---- whole passes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_rounding_costs_little(make_model: MakeModel, dtype: str) -> None:
+    packed = make_model("llama3.1", dtype)
+    tokens = tiny_prompt(tiny_config("llama3.1"), LENGTH)
+    truth = make_decoder(packed, precision="float64").forward(tokens, 0, "all")
+    found = make_decoder(packed).forward(tokens, 0, "all")
+    assert (truth.dtype, found.dtype) == (np.float64, np.float32)
+    assert 1e-4 < relative_error(found, truth) < 0.03
+
+
+def test_which_logits(make_model: MakeModel) -> None:
+    packed = make_model("llama2")
+    tokens = tiny_prompt(tiny_config("llama2"), 150)
+    everything = make_decoder(packed).forward(tokens, 0, "all")
+    assert everything.shape == (150, 259)
+    np.testing.assert_array_equal(make_decoder(packed).forward(tokens, 0), everything[-1:])
+    decoder = make_decoder(packed)
+    assert decoder.forward(tokens[:-1], 0, "none").shape == (0, 259)
+    np.testing.assert_array_equal(decoder.forward(tokens[-1:], 149), everything[-1:])
+
+
+def test_a_sequence_can_be_cut_and_continued(make_model: MakeModel) -> None:
+    packed = make_model("mistral")
+    tokens = tiny_prompt(tiny_config("mistral"), 60)
+    decoder = make_decoder(packed)
+    decoder.forward(np.concatenate((tokens[:30], tokens[:30])), 0, "none")
+    found = decoder.forward(tokens[30:], 30, "all")
+    np.testing.assert_array_equal(found, make_decoder(packed).forward(tokens, 0, "all")[30:])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start", "logits", "message"),
+    [
+        ([], 0, "last", "R > 0"),
+        ([[1, 2]], 0, "last", r"\[1, 2\]"),
+        ([1.0], 0, "last", "float64"),
+        ([259], 0, "last", r"\[0, 259\)"),
+        ([-1], 0, "last", "-1"),
+        ([1], -1, "last", "positions -1 to -1 asked for, 0 to 279 exist"),
+        ([1, 2], 279, "last", "positions 279 to 280 asked for, 0 to 279 exist"),
+        ([1], 0, "first", "'first'"),
+    ],
+)
+def test_refused_arguments(
+    biased: PackedModel, tokens: list[Any], start: int, logits: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_decoder(biased).forward(np.array(tokens), start, logits)
+
+
+def test_refused_precision(biased: PackedModel) -> None:
+    with pytest.raises(ValueError, match="float16"):
+        make_decoder(biased, precision="float16")
+
+
+def test_closed(biased: PackedModel) -> None:
+    decoder = make_decoder(biased)
+    decoder.close()
+    decoder.close()
+    with pytest.raises(ValueError, match="closed"):
+        decoder.forward(np.array([1]), 0)
+
+
+def test_memory_is_checked_before_it_is_taken(biased: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The KV cache: 2 x 2 layers x 2 heads x 2^20 positions x 16 x 4 bytes.
+    monkeypatch.setattr(ffmini.cpu, "available_memory", lambda: 300 << 20)
+    make_decoder(biased)
+    with pytest.raises(MemoryBudgetError, match=r"KV cache 512 MiB \+ .* needed, 300 MiB free"):
+        make_decoder(biased, 1 << 20)
+    monkeypatch.setattr(ffmini.cpu, "available_memory", lambda: 1 << 10)
+    with pytest.raises(MemoryBudgetError, match="0 MiB free"):
+        make_decoder(biased)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_numbers_raise_and_leave_the_decoder_usable(make_model: MakeModel, value: float) -> None:
+    packed = make_model("llama2")
+    good = np.array([5, 6, 7])
+    expected = make_decoder(packed).forward(good, 0, "all")
+    packed.embed_tokens[9] = np.float32(value).view(np.uint32) >> 16
+    decoder = make_decoder(packed)
+    with pytest.raises(GenerationError, match="finite"):
+        decoder.forward(np.array([5, 9, 7]), 0)
+    np.testing.assert_array_equal(decoder.forward(good, 0, "all"), expected)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_non_finite_logits_raise(make_model: MakeModel) -> None:
+    packed = make_model("llama2")
+    packed.norm[3] = np.inf
+    with pytest.raises(GenerationError, match="logits"):
+        make_decoder(packed).forward(np.array([5, 6, 7]), 0)

@@ -1,0 +1,111 @@
+"""The kernel compiles for every architecture without a GPU, and its structs are the host's."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ffmini import kernel
+from ffmini.config import load_config, parse_config
+from ffmini.errors import DeviceError
+from ffmini.model import bundled_model_path
+from ffmini.packing import make_layouts
+from ffmini.shapes import SHAPES
+from tools.kernel_report import DEVICES, report
+
+NAMES = [*SHAPES, "bundled"]
+FORMATS = ("bf16", "int8", "int4")
+MAX_REGISTERS = 128  # 512 threads share 65,536
+MAX_SECONDS = 20
+
+
+def a_cover() -> list[tuple[str, str, str, bool]]:
+    """Every architecture with every format and with one and many rows, every shape with all of them once."""
+    pairs = itertools.product(enumerate(DEVICES), enumerate(FORMATS))
+    return [(arch, NAMES[(i + j) % len(NAMES)], dtype, (i + j) % 2 == 1) for (i, arch), (j, dtype) in pairs]
+
+
+@pytest.mark.parametrize(("arch", "name", "dtype", "many_rows"), a_cover())
+def test_compiles_without_spills(arch: str, name: str, dtype: str, many_rows: bool) -> None:
+    config = load_config(bundled_model_path()) if name == "bundled" else parse_config(SHAPES[name], name)
+    found = report(arch, config, dtype, many_rows)
+    assert found.spill_bytes == 0
+    assert found.registers <= MAX_REGISTERS
+    assert found.seconds <= MAX_SECONDS
+
+
+def bundled_defines() -> dict[str, str]:
+    config = load_config(bundled_model_path())
+    limit, blocks = DEVICES["sm_90"]
+    layouts = make_layouts(config, "int4")
+    return kernel.kernel_defines(
+        config, layouts, rows=1, max_seq_len=512, shared_limit=limit, blocks=blocks
+    )
+
+
+def test_a_missing_constant_is_an_error() -> None:
+    defines = bundled_defines()
+    del defines["HEAD_DIM"]
+    with pytest.raises(DeviceError, match="a -D constant of the model is missing"):
+        kernel.compile_cubin(defines, "sm_90")
+
+
+def struct_checks(structs: dict[str, np.dtype]) -> str:
+    """Static assertions that the device's structs have the host's sizes and offsets."""
+    lines = []
+    for name, dtype in structs.items():
+        lines.append(f'static_assert(sizeof({name}) == {dtype.itemsize}, "sizeof {name}");')
+        for field in dtype.names:
+            offset = dtype.fields[field][1]
+            lines.append(f'static_assert(__builtin_offsetof({name}, {field}) == {offset}, "{name}.{field}");')
+    return "\n".join(lines)
+
+
+STRUCTS = {
+    "Row": kernel.ROW,
+    "Status": kernel.STATUS,
+    "PassArgs": kernel.PASS_ARGS,
+    "BuildInfo": kernel.BUILD_INFO,
+}
+
+
+def compile_with(checks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = dict(kernel.device_sources())
+    sources["ffmini.cu"] += checks
+    monkeypatch.setattr(kernel, "device_sources", lambda: tuple(sources.items()))
+    kernel.compile_cubin(bundled_defines(), "sm_90")
+
+
+def test_host_and_device_share_their_structs(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_with(struct_checks(STRUCTS), monkeypatch)
+
+
+def test_a_struct_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    swapped = np.dtype([("gave_up", "<u4"), ("stage", "<u4"), ("non_finite", "<u4"), ("block", "<u4")])
+    with pytest.raises(DeviceError, match="static assertion"):
+        compile_with(struct_checks(STRUCTS | {"Status": swapped}), monkeypatch)
+
+
+def test_the_cache_keeps_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFMINI_CACHE_DIR", str(tmp_path / "cache"))
+    defines = bundled_defines()
+    first = kernel.cached_cubin(defines, "sm_90")
+    assert first.parent == tmp_path / "cache" and first.read_bytes()[:4] == b"\x7fELF"
+    monkeypatch.setattr(kernel, "compile_cubin", lambda *_: pytest.fail("compiled again"))
+    assert kernel.cached_cubin(defines, "sm_90") == first
+    with pytest.raises(pytest.fail.Exception, match="compiled again"):
+        kernel.cached_cubin(defines | {"ROWS": "2"}, "sm_90")
+
+
+def test_an_unwritable_cache_gives_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FFMINI_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(kernel, "compile_cubin", lambda *_: (b"\x7fELF", ""))
+    for _ in range(2):
+        assert kernel.cached_cubin(bundled_defines(), "sm_90").read_bytes() == b"\x7fELF"
+    assert capsys.readouterr().err.count("can't be cached") == 1
