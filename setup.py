@@ -1,4 +1,4 @@
-"""Packaging. cuda/ and models/ stand at the top level of the checkout and inside the package when installed."""
+"""Packaging. cuda/ and models/ stand at the top of the checkout, and inside the package when installed."""
 
 import re
 from pathlib import Path

@@ -163,7 +163,7 @@ __device__ __forceinline__ void score_positions(Block& block, const AttentionIte
     const int position = item.origin() + local;
     const uint16_t* cache = block.args.key_cache + item.cache_offset(item.begin);
     float dots[4] = {};
-#pragma unroll 1  // more would spill: the ring's cursor and the stage's state are live here too
+#pragma unroll 1  // more in flight would spill on sm_100 and newer
     for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
         const uint4 top = load_key(block, item, cache, position, 32 * j + 8 * t);
         const uint4 bottom = load_key(block, item, cache, position + 8, 32 * j + 8 * t);
@@ -214,8 +214,6 @@ __device__ __forceinline__ void weigh_values(Block& block, const AttentionItem& 
     const uint16_t* cache = block.args.value_cache + item.cache_offset(item.begin);
     for (int chunk = 0; chunk < item.heads(); chunk += HEAD_CHUNK) {
         float low[HEAD_CHUNK] = {}, high[HEAD_CHUNK] = {};
-#pragma unroll 4
-#pragma unroll 2
         for (int position = begin; position < end && pair < HEAD_DIM / 2; ++position) {
             const uint16_t* value = position >= item.fresh ? s.value_bf16 + (position - item.fresh) * HEAD_DIM
                                                            : cache + (position - item.begin) * HEAD_DIM;
@@ -236,7 +234,6 @@ __device__ __forceinline__ void weigh_values(Block& block, const AttentionItem& 
         for (int i = block.thread; i < HEAD_CHUNK * HEAD_DIM; i += THREADS) {
             if (chunk + i / HEAD_DIM >= item.heads()) break;
             float sum = 0.0f;
-#pragma unroll 4
             for (int run = 0; run < VALUE_GROUPS; ++run) sum += s.partial[run * HEAD_CHUNK * HEAD_DIM + i];
             s.out[chunk * HEAD_DIM + i] = sum;
         }
@@ -313,7 +310,6 @@ __device__ __forceinline__ bool merge_splits(Block& block, int row_head, int spl
     }
     if (__syncthreads_or(!arrived)) return false;
     float top = MASKED, sum = 0.0f;
-#pragma unroll 1
     for (int split = 0; split < splits; ++split) top = fmaxf(top, s.max[split]);
     for (int split = 0; split < splits; ++split)
         sum = fmaf(exp2_approx(s.max[split] - top), s.sum[split], sum);

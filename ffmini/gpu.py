@@ -98,8 +98,8 @@ class _Build:
         )
         if resident < 1:
             raise DeviceError(
-                f"a block of {self.threads} threads and {self.shared_bytes} bytes of shared memory must fit on a "
-                f"multiprocessor, found room for {resident}"
+                f"a block of {self.threads} threads and {self.shared_bytes} bytes of shared memory must fit "
+                f"on a multiprocessor, found room for {resident}"
             )
         self.exchange = None
 
@@ -180,8 +180,8 @@ class GPUDecoder:
         free = free_memory(self._ordinal)
         if weights + cache + scratch > free:
             raise MemoryBudgetError(
-                f"{self.device}: weights {weights / 2**20:.0f} MiB + KV cache {cache / 2**20:.0f} MiB + scratch "
-                f"{scratch / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
+                f"{self.device}: weights {weights / 2**20:.0f} MiB + KV cache {cache / 2**20:.0f} MiB + "
+                f"scratch {scratch / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
             )
 
     def _upload(self, packed: PackedModel, progress: bool) -> None:
@@ -255,7 +255,7 @@ class GPUDecoder:
             if logits == "last" and at + len(piece) == len(tokens):
                 wanted = 1 << (len(piece) - 1)
             self.launch(rows, piece, start + at, wanted)
-            pieces.append(self._finish(wanted))
+            pieces.append(self.finish(wanted))
             at += len(piece)
         return np.concatenate(pieces)
 
@@ -282,8 +282,8 @@ class GPUDecoder:
         self._pass += 1
         return self._pass
 
-    def _finish(self, wanted: int) -> np.ndarray:
-        """Wait for the pass, check its status and fetch the wanted rows of logits."""
+    def finish(self, wanted: int = 0) -> np.ndarray:
+        """Wait for the queued passes, check the last one's status and fetch its wanted rows of logits."""
         with self._cupy.cuda.Device(self._ordinal):
             status = self._status.get().view(STATUS)[0]
             rows = [row for row in range(wanted.bit_length()) if wanted >> row & 1]

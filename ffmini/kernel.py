@@ -163,23 +163,23 @@ def device_sources() -> tuple[tuple[str, str], ...]:
     return tuple((path.name, path.read_text(encoding="utf-8")) for path in files)
 
 
-def compile_cubin(defines: dict[str, str], arch: str) -> tuple[bytes, str]:
-    """Compile cuda/ffmini.cu for `arch` (such as "sm_90"): the cubin and ptxas's report (registers, spills).
+def compile_cubin(defines: dict[str, str], arch: str, source: str = "ffmini.cu") -> tuple[bytes, str]:
+    """Compile cuda/`source` for `arch` (such as "sm_90"): the cubin and ptxas's report (registers, spills).
 
     DeviceError carries the compiler's first error line; so does a missing NVRTC.
     """
     nvrtc = _nvrtc()
-    sources = dict(device_sources())
-    main = sources.pop("ffmini.cu")
-    headers = tuple(text.encode() for text in sources.values())
-    program = nvrtc.createProgram(main, "ffmini.cu", headers, tuple(name.encode() for name in sources))
+    headers = dict(device_sources())
+    text = headers.pop(source)
+    names = tuple(name.encode() for name in headers)
+    program = nvrtc.createProgram(text, source, tuple(header.encode() for header in headers.values()), names)
     try:
         nvrtc.compileProgram(program, compile_options(defines, arch))
         return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         lines = nvrtc.getProgramLog(program).splitlines()
         first = next((line for line in lines if "error" in line), lines[0] if lines else str(error))
-        raise DeviceError(f"cuda/ffmini.cu does not compile for {arch}: {first}") from error
+        raise DeviceError(f"cuda/{source} does not compile for {arch}: {first}") from error
     finally:
         nvrtc.destroyProgram(program)
 
@@ -197,20 +197,23 @@ def compile_options(defines: dict[str, str], arch: str) -> tuple[str, ...]:
     return fixed + tuple(f"-D{name}={value}" for name, value in sorted(defines.items()))
 
 
-def cached_cubin(defines: dict[str, str], arch: str) -> Path:
+def cached_cubin(defines: dict[str, str], arch: str, source: str = "ffmini.cu") -> Path:
     """The cubin's file in the cache, compiled first if it is not there; says on stderr what it does."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (*compile_options(defines, arch), repr(_nvrtc().getVersion()), repr(device_sources())):
+    for part in (
+        *compile_options(defines, arch),
+        source,
+        repr(_nvrtc().getVersion()),
+        repr(device_sources()),
+    ):
         digest.update(part.encode() + b"\0")
-    name = f"{arch}-rows{defines['ROWS']}-{digest.hexdigest()}.cubin"
-    directory = cache_dir()
+    directory, name = cache_dir(), f"{Path(source).stem}-{arch}-{digest.hexdigest()}.cubin"
     if (directory / name).is_file():
         return directory / name
-    print(
-        f"ffmini: compiling the kernel for {arch}, {defines['ROWS']} row(s) ...", file=sys.stderr, flush=True
-    )
+    rows = f", {defines['ROWS']} row(s)" if "ROWS" in defines else ""
+    print(f"ffmini: compiling cuda/{source} for {arch}{rows} ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
-    cubin, _ = compile_cubin(defines, arch)
+    cubin, _ = compile_cubin(defines, arch, source)
     print(f"ffmini: compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     try:
         return _write_atomically(directory, name, cubin)
@@ -239,7 +242,7 @@ def _write_atomically(directory: Path, name: str, data: bytes) -> Path:
     return directory / name
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

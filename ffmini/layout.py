@@ -38,7 +38,7 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """Geometry of one packed matrix; every figure that the packers and the kernel need follows from these five."""
+    """Geometry of one packed matrix: every figure that packers and kernel need follows from these five."""
 
     name: str
     rows: int

@@ -383,13 +383,13 @@ def load(
     """
     if dtype is not None and dtype not in FORMATS:
         raise ValueError(f"dtype must be one of {', '.join(FORMATS)}, not {dtype!r}")
-    ordinal = _choose_device(device)
+    ordinal = choose_device(device)
     directory = bundled_model_path() if path is None else resolve_model(path)
     config = load_config(directory)
-    max_seq_len = _context_length(config, max_seq_len)
+    max_seq_len = context_length(config, max_seq_len)
     tokenizer = Tokenizer(directory)
     defaults = load_generation_defaults(directory)
-    packed = _load_packed(directory, dtype)
+    packed = load_packed(directory, dtype)
     decoder = make_decoder(packed, ordinal, max_seq_len)
     _say(
         f"{directory.name} ({packed.format}) on {decoder.device}, context {max_seq_len}, "
@@ -424,8 +424,11 @@ def make_decoder(packed: PackedModel, ordinal: int | None, max_seq_len: int) -> 
     return gpu.GPUDecoder(packed, max_seq_len, ordinal)
 
 
-def _choose_device(device: str) -> int | None:
-    """The number of the GPU to use, or None for the CPU."""
+def choose_device(device: str) -> int | None:
+    """The number of the GPU that `device` (see load) means, or None for the CPU.
+
+    ValueError for another word, DeviceError for a GPU that was asked for and can't be used.
+    """
     if device == "cpu":
         return None
     match = re.fullmatch(r"auto|cuda(?::(\d{1,3}))?", device)
@@ -441,7 +444,8 @@ def _choose_device(device: str) -> int | None:
     return None
 
 
-def _context_length(config: ModelConfig, asked: int | None) -> int:
+def context_length(config: ModelConfig, asked: int | None) -> int:
+    """Tokens of context to make room for: `asked`, or load's default; ValueError beyond the limit."""
     limit = context_limit(config)
     if asked is None:
         return min(DEFAULT_MAX_SEQ_LEN, limit)
@@ -450,7 +454,8 @@ def _context_length(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
-def _load_packed(directory: Path, dtype: str | None) -> PackedModel:
+def load_packed(directory: Path, dtype: str | None) -> PackedModel:
+    """The weights of `directory`, mapped if it is packed, else packed in memory; dtype as in load."""
     if not is_packed(directory):
         return pack_checkpoint(directory, dtype or "bf16")
     packed = read_packed(directory)

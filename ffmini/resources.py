@@ -13,4 +13,6 @@ def resource_dir(name: str) -> Path:
     for parent in (package, package.parent):
         if (parent / name).is_dir():
             return parent / name
-    raise FFMiniError(f"{name}/ is missing from the installation: expected {package / name}; reinstall ffmini")
+    raise FFMiniError(
+        f"{name}/ is missing from the installation: expected {package / name}; reinstall ffmini"
+    )

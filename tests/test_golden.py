@@ -20,7 +20,7 @@ from ffmini.packing import PackedModel, vector_offsets
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 1e-5  # norm over norm; transformers keeps rope, norms and softmax in float32
-BF16_TOLERANCE = 0.03  # measured: 0.005 to 0.021
+BF16_TOLERANCE = 0.03  # measured: 0.005 to 0.018
 
 # What is left when an ingredient is taken away: (family, ingredient) -> changes to its config.json. Where the
 # family itself implies the ingredient, the model becomes one of another family that differs in nothing else.

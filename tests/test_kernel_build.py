@@ -41,9 +41,7 @@ def bundled_defines() -> dict[str, str]:
     config = load_config(bundled_model_path())
     limit, blocks = DEVICES["sm_90"]
     layouts = make_layouts(config, "int4")
-    return kernel.kernel_defines(
-        config, layouts, rows=1, max_seq_len=512, shared_limit=limit, blocks=blocks
-    )
+    return kernel.kernel_defines(config, layouts, rows=1, max_seq_len=512, shared_limit=limit, blocks=blocks)
 
 
 def test_a_missing_constant_is_an_error() -> None:

@@ -1,6 +1,6 @@
 """Registers, spills and compile time of the kernel per architecture, shape, format and rows; needs no GPU.
 
-    python tools/kernel_report.py
+python tools/kernel_report.py
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def report(arch: str, config: ModelConfig, dtype: str, many_rows: bool) -> Repor
     limit, blocks = DEVICES[arch]
     layouts = make_layouts(config, dtype)
     rows = max_rows(config, layouts, limit, blocks) if many_rows else 1
-    defines = kernel_defines(
-        config, layouts, rows=rows, max_seq_len=4096, shared_limit=limit, blocks=blocks
-    )
+    defines = kernel_defines(config, layouts, rows=rows, max_seq_len=4096, shared_limit=limit, blocks=blocks)
     start = time.perf_counter()
     _, log = compile_cubin(defines, arch)
     seconds = time.perf_counter() - start

@@ -1,0 +1,213 @@
+"""`ffmini info`: what runs here, and what a model is made of and needs, without loading its weights."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from . import __version__, gpu
+from .checkpoint import resolve_model
+from .config import ModelConfig, load_config
+from .errors import DeviceError
+from .layout import FORMATS, MatrixLayout
+from .memory import available_memory
+from .model import bundled_model_path, choose_device, context_length, load_packed
+from .packing import LAYER_MATRICES, is_packed, make_layouts, vectors_length
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_CPU_FILE = Path("/proc/cpuinfo")
+
+
+# ---- the machine ---------------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel of the operating system knows it."""
+    found = re.search(r"^model name\s*: (.*)$", _CPU_FILE.read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def gpu_name(ordinal: int) -> str:
+    """The name of GPU `ordinal`; DeviceError if CuPy is missing."""
+    properties = gpu.import_cupy().cuda.runtime.getDeviceProperties(ordinal)
+    return properties["name"].decode()
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA kernel driver, such as "580.65.06"; None if none is loaded."""
+    if not _DRIVER_FILE.exists():
+        return None
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _DRIVER_FILE.read_text(encoding="utf-8"))
+    return found[1] if found else None
+
+
+def environment_lines() -> list[str]:
+    """Versions and devices, a fact per line; a GPU that can't be used comes with the reason."""
+    packages = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("numpy", "safetensors", "tokenizers")
+    )
+    memory = f"{available_memory() / 2**30:.1f} GiB of memory available"
+    lines = [
+        f"ffmini  {__version__}, Python {platform.python_version()}, {packages}",
+        f"CPU     {cpu_name()}, {platform.machine()}, {memory}",
+    ]
+    try:
+        cupy = gpu.import_cupy()
+    except DeviceError as error:
+        return [*lines, f"GPU     not usable: {error}"]
+    runtime, nvrtc = cupy.cuda.runtime.runtimeGetVersion(), cupy.cuda.nvrtc.getVersion()
+    lines.append(f"CuPy    {cupy.__version__}, CUDA {_cuda_version(runtime)}, NVRTC {nvrtc[0]}.{nvrtc[1]}")
+    supported = _cuda_version(cupy.cuda.runtime.driverGetVersion())
+    lines.append(f"driver  {driver_version() or 'none'}, CUDA up to {supported}")
+    reason = gpu.why_unusable()
+    if reason is not None:
+        return [*lines, f"GPU     not usable: {reason}"]
+    return lines + [_gpu_line(ordinal) for ordinal in range(cupy.cuda.runtime.getDeviceCount())]
+
+
+def _cuda_version(number: int) -> str:
+    """CUDA's 12080 as 12.8; 0 is what there is without a driver."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+def _gpu_line(ordinal: int) -> str:
+    reason = gpu.why_unusable(ordinal)
+    if reason is not None:
+        return f"cuda:{ordinal}  {gpu_name(ordinal)}, not usable: {reason}"
+    properties = gpu.import_cupy().cuda.runtime.getDeviceProperties(ordinal)
+    return (
+        f"cuda:{ordinal}  {gpu_name(ordinal)}, sm_{properties['major']}{properties['minor']}, "
+        f"{properties['multiProcessorCount']} multiprocessors, "
+        f"{gpu.free_memory(ordinal) / 2**30:.1f} of {properties['totalGlobalMem'] / 2**30:.1f} GiB free"
+    )
+
+
+# ---- a model -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of stored weights: all layers together."""
+
+    name: str
+    format: str  # of the stored numbers, with the group size where there is one; "tied": part of lm_head
+    shape: str  # of one of them
+    weights: int
+    nbytes: int
+
+
+def model_parts(config: ModelConfig, layouts: dict[str, MatrixLayout]) -> list[Part]:
+    """What is stored for a model, packed; bytes include scales and padding."""
+    parts = []
+    for name in (*LAYER_MATRICES, "lm_head"):
+        layout, count = layouts[name], 1 if name == "lm_head" else config.num_layers
+        format = layout.format if layout.format == "bf16" else f"{layout.format} g{layout.group_size}"
+        shape = f"{layout.rows} x {layout.cols}"
+        if count > 1:
+            shape = f"{count} x {shape}"
+        parts.append(Part(name, format, shape, count * layout.rows * layout.cols, count * layout.nbytes))
+    table = config.vocab_size * config.hidden_size
+    shape = f"{config.vocab_size} x {config.hidden_size}"
+    if config.tie_word_embeddings:
+        parts.append(Part("embed_tokens", "tied", shape, 0, 0))
+    else:
+        parts.append(Part("embed_tokens", "bf16", shape, table, 2 * table))
+    vectors = config.num_layers * vectors_length(config) + config.hidden_size
+    parts.append(Part("vectors", "float32", str(vectors), vectors, 4 * vectors))
+    return parts
+
+
+def parts_table(parts: list[Part]) -> list[str]:
+    """Lines for people: one per part and the total."""
+    total = Part("total", "", "", sum(part.weights for part in parts), sum(part.nbytes for part in parts))
+    lines = [f"{'part':<14}{'format':<11}{'shape':<20}{'weights':>15}{'bytes':>16}"]
+    for part in (*parts, total):
+        numbers = f"{part.weights:>15,}{part.nbytes:>16,}"
+        lines.append(f"{part.name:<14}{part.format:<11}{part.shape:<20}{numbers}")
+    return lines
+
+
+def needed_line(config: ModelConfig, parts: list[Part], max_seq_len: int, ordinal: int | None) -> str:
+    """What weights and KV cache would take on GPU `ordinal` (None: the CPU), and what is free there.
+
+    A pass's scratch comes on top: it depends on the build of the kernel, and is small.
+    """
+    cache = gpu.kv_cache_bytes(config, max_seq_len)
+    weights = sum(part.nbytes for part in parts)
+    free = available_memory() if ordinal is None else gpu.free_memory(ordinal)
+    where = f"cuda:{ordinal}"
+    if ordinal is None:
+        # The CPU path unpacks the matrices and keeps K and V in float32; an embedding table stays as it is.
+        weights = sum(part.nbytes if part.name == "embed_tokens" else 4 * part.weights for part in parts)
+        cache, where = 2 * cache, "the CPU, in float32"
+    verdict = "fits" if weights + cache <= free else "does not fit"
+    return (
+        f"needs {_mib(weights)} of weights + {_mib(cache)} of KV cache for {max_seq_len} tokens on {where}; "
+        f"{_mib(free)} free: {verdict}"
+    )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
+
+
+def model_lines(model: str | None, dtype: str | None, device: str, max_seq_len: int | None) -> list[str]:
+    """Shape, parts and memory of a model, arguments as in `ffmini.load`; nothing large is read."""
+    ordinal = choose_device(device)
+    directory = bundled_model_path() if model is None else resolve_model(model)
+    config = load_config(directory)
+    max_seq_len = context_length(config, max_seq_len)
+    packed = is_packed(directory)
+    layouts = load_packed(directory, dtype).layouts if packed else make_layouts(config, dtype or "bf16")
+    parts = model_parts(config, layouts)
+    rope = config.rope.type if config.rope.type != "default" else "unscaled"
+    windows = sorted(set(config.layer_windows) - {0})
+    return [
+        f"{directory}: {'packed' if packed else 'Hugging Face checkpoint'}, {config.model_type}",
+        f"layers {config.num_layers}, hidden size {config.hidden_size}, MLP size {config.intermediate_size}, "
+        f"vocabulary {config.vocab_size}",
+        f"heads {config.num_heads}, KV heads {config.num_kv_heads}, head size {config.head_dim}, "
+        f"context {config.max_position_embeddings}, rope theta {config.rope.theta:g} {rope}"
+        + (f", sliding window {windows[0]}" if windows else ""),
+        "",
+        *parts_table(parts),
+        "",
+        f"KV cache: {gpu.kv_cache_bytes(config, 1):,} bytes per token in bf16",
+        needed_line(config, parts, max_seq_len, ordinal),
+    ]
+
+
+# ---- the command ---------------------------------------------------------------------------------------
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say how a model is loaded; those of `ffmini.load`, but for the model itself."""
+    parser.add_argument("--dtype", choices=FORMATS, help="weights' format (default: bf16, or as packed)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--max-seq-len", type=int, metavar="N", help="context to make room for (default: 4096 or the limit)"
+    )
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register `info` with the parser of `ffmini`; its arguments go to run()."""
+    description = "Show the device and the libraries; with -m, what a model is made of and needs."
+    parser = subparsers.add_parser("info", help="device, libraries, memory", description=description)
+    parser.add_argument(
+        "-m", "--model", nargs="?", const="", help="model directory or org/name; alone: the bundled model"
+    )
+    add_model_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what `args` ask for on stdout; returns 0, errors are raised."""
+    lines = environment_lines()
+    if args.model is not None:
+        lines += ["", *model_lines(args.model or None, args.dtype, args.device, args.max_seq_len)]
+    print("\n".join(lines))
+    return 0
