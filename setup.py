@@ -11,7 +11,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ffmini/__init__.py").read_
 CHAT = ["jinja2>=3.1.5"]
 CUDA12 = ["cupy-cuda12x>=13.6", "nvidia-cuda-nvrtc-cu12"]
 CUDA13 = ["cupy-cuda13x>=13.6", "nvidia-cuda-nvrtc>=13,<14"]
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.15,<0.18", "clang-format>=20,<24", *CHAT]
+# setuptools 70.1 is the first that builds a wheel by itself: a test does, without network.
+TEST = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "ruff>=0.15,<0.18",
+    "clang-format>=20,<24",
+    "setuptools>=70.1",
+    *CHAT,
+]
 
 setup(
     name="ffmini",

@@ -9,6 +9,7 @@ import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,18 +22,21 @@ from . import __version__, gpu
 from .checkpoint import resolve_model
 from .config import ModelConfig, load_config, parse_config
 from .cpu import CPUDecoder
-from .errors import CheckpointError, GenerationError, UnsupportedError
-from .info import add_model_arguments, cpu_name, driver_version, gpu_name
+from .errors import GenerationError, UnsupportedError
+from .info import add_model_arguments, device_name, driver_version
 from .kernel import cached_cubin
 from .layout import TILE_ROWS, MatrixLayout
 from .memory import available_memory
 from .model import (
+    DEFAULT_MAX_SEQ_LEN,
     Decoder,
+    Model,
+    bundled_model_path,
     choose_device,
     context_length,
-    load_packed,
-    bundled_model_path,
     context_limit,
+    load,
+    load_packed,
     make_decoder,
 )
 from .numerics import from_bf16, to_bf16
@@ -47,7 +51,6 @@ from .packing import (
 )
 from .quant import Quantized
 from .shapes import SHAPES
-from .tokenizer import Tokenizer
 
 SEED = 1
 CHECKED_LAYERS = 2
@@ -56,7 +59,7 @@ TOLERANCE = 2e-2  # relative error of the checked logits, norm over norm
 PEAK_BYTES = 4 << 30
 PEAK_REPETITIONS = 10
 RANDOM_ROWS = 257 * TILE_ROWS  # rows of a random matrix that differ; then they repeat
-SCORED_ROWS = 128  # tokens scored at a time: bounds the logits in memory
+SCORED_ROWS = 128  # tokens scored at a time, in double
 
 
 # ---- random weights and caches -------------------------------------------------------------------------
@@ -127,7 +130,7 @@ def _pack_random(rows: int, layout: MatrixLayout, rng: np.random.Generator) -> n
 
 
 def fill_cache(decoder: Decoder, positions: int, seed: int = SEED) -> None:
-    """Fill positions below `positions` of a decoder's KV cache with random numbers, the same in all layers."""
+    """Fill positions below `positions` of a decoder's KV cache with random K and V, all layers alike."""
     config = decoder.config
     rng = np.random.default_rng(seed)
     shape = (config.num_kv_heads, positions, config.head_dim)
@@ -226,8 +229,8 @@ def check_logits(packed: PackedModel, ordinal: int | None) -> float:
     error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
     if not error <= TOLERANCE:
         raise GenerationError(
-            f"logits after {count} layers: relative error of at most {TOLERANCE:g} expected, found {error:.2e}; "
-            "the speed of wrong numbers is not measured"
+            f"logits after {count} layers: relative error of at most {TOLERANCE:g} expected, found "
+            f"{error:.2e}; the speed of wrong numbers is not measured"
         )
     return error
 
@@ -306,7 +309,9 @@ def time_generation(decoder: Decoder, tokens: np.ndarray, depth: int) -> float:
     return perf_counter() - began
 
 
-def measure(packed: PackedModel, shape: str, plan: Plan, max_seq_len: int, ordinal: int | None) -> list[Record]:
+def measure(
+    packed: PackedModel, shape: str, plan: Plan, max_seq_len: int, ordinal: int | None
+) -> list[Record]:
     """Check the numbers, then time every test of `plan`."""
     error = check_logits(packed, ordinal)
     decoder = make_decoder(packed, ordinal, max_seq_len)
@@ -317,7 +322,7 @@ def measure(packed: PackedModel, shape: str, plan: Plan, max_seq_len: int, ordin
             "peak_bytes_per_s": read_peak(ordinal),
             "logits_error": error,
             "repetitions": plan.repetitions,
-            "device": cpu_name() if ordinal is None else gpu_name(ordinal),
+            "device": device_name(decoder.device),
             "driver": None if ordinal is None else driver_version(),
             "commit": build_version(),
         }
@@ -424,25 +429,32 @@ class Score:
     commit: str
 
 
-def negative_log_likelihood(decoder: Decoder, ids: np.ndarray, bos: int) -> float:
-    """The sum of -ln p over the token ids `ids` [n], in windows of the decoder's context.
+def perplexity(model: Model, text: str) -> tuple[float, float]:
+    """Perplexity per token and bits per byte of `text`.
 
-    Each window begins with `bos` in place of what came before; windows advance by half a context. A token
-    counts once, in the first window that has at least half a context before it.
+    Windows of the model's context, each after BOS, advance by half of it. A token counts once, in the first
+    window that has at least half a context before it. ValueError if there are no tokens, UnsupportedError if
+    the model has no BOS token.
     """
-    half = decoder.max_seq_len // 2
+    bos = model.tokenizer.bos_token_id
+    bos = model.config.bos_token_id if bos is None else bos
+    if bos is None:
+        raise UnsupportedError("perplexity needs a BOS token to begin with; this model has none")
+    ids = np.array(model.encode(text, add_special_tokens=False), np.int64)
+    half = model.max_seq_len // 2
+    if len(ids) == 0 or half == 0:
+        raise ValueError(
+            f"perplexity needs a text and a context of 2, found {len(ids)} tokens and {2 * half}"
+        )
+    nats = 0.0
     starts = range(0, max(len(ids) - half, 1), half)
-    total = 0.0
     for start in tqdm(starts, desc="scoring", unit="window", file=sys.stderr, disable=None):
         window = ids[start : start + 2 * half]
-        inputs = np.concatenate(([bos], window[:-1]))
-        uncounted = half if start else 0
-        if uncounted:
-            decoder.forward(inputs[:uncounted], 0, "none")
-        for at in range(uncounted, len(window), SCORED_ROWS):
+        logits = model.logits(np.concatenate(([bos], window[:-1])))
+        for at in range(half if start else 0, len(window), SCORED_ROWS):
             rows = slice(at, at + SCORED_ROWS)
-            total -= _log_probabilities(decoder.forward(inputs[rows], at, "all"), window[rows]).sum()
-    return float(total)
+            nats -= float(_log_probabilities(logits[rows], window[rows]).sum())
+    return math.exp(nats / len(ids)), nats / math.log(2) / len(text.encode())
 
 
 def _log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -452,43 +464,34 @@ def _log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return logits[np.arange(len(tokens)), tokens] - np.log(np.exp(logits).sum(axis=-1))
 
 
-def score_text(
-    packed: PackedModel, file: Path, max_seq_len: int, ordinal: int | None, config: ModelConfig
-) -> Score:
-    """Perplexity and bits per byte of the UTF-8 text in `file`; ValueError if it is empty or not UTF-8."""
+def score_text(model: Model, name: str, file: Path) -> Score:
+    """The Score of the UTF-8 text in `file` under `model`, which is called `name`."""
     data = file.read_bytes()
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected UTF-8, found byte 0x{data[error.start]:02x}") from None
-    directory = packed.directory
-    if directory is None:
-        raise CheckpointError("perplexity needs a tokenizer: expected a model directory, found none")
-    tokenizer = Tokenizer(directory)
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
-    if bos is None:
-        raise UnsupportedError(f"{directory}: perplexity needs a BOS token to begin with, found none")
-    if max_seq_len < 2:
-        raise ValueError(f"perplexity needs a context of at least 2 tokens, not {max_seq_len}")
-    ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int64)
-    if len(ids) == 0:
-        raise ValueError(f"{file}: expected a text, found no tokens")
-    decoder = make_decoder(packed, ordinal, max_seq_len)
-    try:
-        nats = negative_log_likelihood(decoder, ids, bos)
-    finally:
-        decoder.close()
+    per_token, bits_per_byte = perplexity(model, text)
     return Score(
-        shape=directory.name,
-        dtype=packed.format,
+        shape=name,
+        dtype=model.dtype,
         file=file.name,
-        tokens=len(ids),
+        tokens=len(model.encode(text, add_special_tokens=False)),
         bytes=len(data),
-        context=max_seq_len,
-        perplexity=math.exp(nats / len(ids)),
-        bits_per_byte=nats / math.log(2) / len(data),
-        device=cpu_name() if ordinal is None else gpu_name(ordinal),
+        context=model.max_seq_len,
+        perplexity=per_token,
+        bits_per_byte=bits_per_byte,
+        device=device_name(model.device),
         commit=build_version(),
+    )
+
+
+def score_line(score: Score) -> str:
+    """A Score for people."""
+    return (
+        f"{score.shape} ({score.dtype}), {score.file}: {score.tokens} tokens, {score.bytes} bytes, "
+        f"context {score.context}: perplexity {score.perplexity:.3f} per token, "
+        f"{score.bits_per_byte:.4f} bits per byte"
     )
 
 
@@ -537,30 +540,47 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what `args` say and print it on stdout; returns 0, errors are raised."""
-    if args.random and args.perplexity:
-        raise ValueError("--perplexity needs a model, random weights predict nothing")
-    ordinal = choose_device(args.device)
-    if args.random:
-        shape, config = args.random, parse_config(SHAPES[args.random], args.random)
+    if args.perplexity is None:
+        records = _measure(args)
+        print(_json(records) if args.json else records_table(records))
     else:
-        directory = bundled_model_path() if args.model is None else resolve_model(args.model)
-        shape, config = directory.name, load_config(directory)
-    max_seq_len = context_length(config, args.max_seq_len)
-    plan = _plan(args, max_seq_len, config)
-    if args.random:
-        packed = random_model(config, args.dtype or "bf16")
-    else:
-        packed = load_packed(directory, args.dtype)
-    results: list[Record] | list[Score]
-    if args.perplexity:
-        score = score_text(packed, args.perplexity, max_seq_len, ordinal, config)
-        results = [score]
-        text = (
-            f"{score.shape} ({score.dtype}), {score.file}: {score.tokens} tokens, {score.bytes} bytes, context "
-            f"{score.context}: perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.4f} bits per byte"
-        )
-    else:
-        results = measure(packed, shape, plan, max_seq_len, ordinal)
-        text = records_table(results)
-    print(json.dumps([asdict(result) for result in results], indent=1) if args.json else text)
+        score = _score(args)
+        print(_json([score]) if args.json else score_line(score))
     return 0
+
+
+def _measure(args: argparse.Namespace) -> list[Record]:
+    plan = Plan(
+        [count for count in args.prompt if count],
+        [count for count in args.generate if count],
+        args.depth,
+        args.repetitions,
+    )
+    if not plan.prompts and not plan.generations:
+        raise ValueError("nothing to measure: expected tokens from -p or -n, found none")
+    ordinal = choose_device(args.device)
+    directory = None if args.random else _model_directory(args.model)
+    config = parse_config(SHAPES[args.random], args.random) if args.random else load_config(directory)
+    max_seq_len = args.max_seq_len
+    if max_seq_len is None:
+        max_seq_len = min(max(DEFAULT_MAX_SEQ_LEN, plan.positions), context_limit(config))
+    max_seq_len = context_length(config, max_seq_len)
+    if plan.positions > max_seq_len:
+        raise ValueError(f"the tests need {plan.positions} positions, the context has {max_seq_len}")
+    packed = load_packed(directory, args.dtype) if directory else random_model(config, args.dtype or "bf16")
+    return measure(packed, args.random or directory.name, plan, max_seq_len, ordinal)
+
+
+def _score(args: argparse.Namespace) -> Score:
+    if args.random:
+        raise ValueError("--perplexity needs a model: random weights predict nothing")
+    with load(args.model, args.device, args.dtype, args.max_seq_len) as model:
+        return score_text(model, _model_directory(args.model).name, args.perplexity)
+
+
+def _model_directory(model: str | None) -> Path:
+    return bundled_model_path() if model is None else resolve_model(model)
+
+
+def _json(results: Sequence[Record | Score]) -> str:
+    return json.dumps([asdict(result) for result in results], indent=1)

@@ -3,280 +3,288 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import io
 import json
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, TextIO
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
 
 from . import __version__, bench, convert, info
-from .errors import FFMiniError, UnsupportedError
-from .layout import FORMATS
-from .model import Completion, Model, Prompt, choose_device, load, load_packed
-from .shapes import SHAPES
+from .checkpoint import resolve_model
+from .errors import FFMiniError
+from .model import Completion, Model, Stream, bundled_model_path, load
+from .tokenizer import Tokenizer
 
-CHAT_HELP = "/help this list   /reset forget the conversation   /stats tokens and speed   /exit leave"
+INTERRUPTED = 130  # 128 + SIGINT and 128 + SIGPIPE, as a shell reports them
+BROKEN_PIPE = 141
+OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+CHAT_HELP = """/help   this text
+/reset  forget the conversation
+/stats  tokens and speed of the last answer
+/exit   leave, as the end of input (Ctrl-D) does
+Ctrl-C stops an answer."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C)."""
-    warnings.showwarning = _show_warning
+class _Parser(argparse.ArgumentParser):
+    """Refuses arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _say_error(text: object) -> None:
+    _say(f"ffmini: {' '.join(str(text).splitlines())}")
+
+
+# ---- generate ------------------------------------------------------------------------------------------
+
+
+def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of everything that makes text; what is left out is up to the model."""
+    parser.add_argument("-m", "--model", help="model directory or org/name (default: the bundled model)")
+    info.add_model_arguments(parser)
+    parser.add_argument("-n", "--max-new-tokens", type=int, metavar="N", help="at most (default: 256)")
+    parser.add_argument("-t", "--temperature", type=float, metavar="T", help="0: the most likely token")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely; 0: all")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the top share P; 1: all")
+    parser.add_argument("--min-p", type=float, metavar="P", help="drop what is P times less likely; 0: none")
+    parser.add_argument("--repetition-penalty", type=float, metavar="X", help="1: none")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the random numbers (default: drawn)")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; may be repeated")
+    parser.add_argument("--system", metavar="TEXT", help="system message; takes a model with a chat template")
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of Model.stream; None where the model's default is meant."""
+    return {name: getattr(args, name) for name in OPTIONS}
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    """The prompt of `generate`; a file or stdin loses the newline that ends its last line."""
+    if (args.prompt is None) == (args.file is None):
+        raise ValueError("expected a prompt, - for stdin or -f FILE, and one of them only")
+    if args.file is None and args.prompt != "-":
+        return args.prompt
+    name, data = ("stdin", sys.stdin.buffer.read()) if args.file is None else _read_file(args.file)
     try:
-        args = make_parser().parse_args(argv)
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader left; what is still buffered has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    except (FFMiniError, OSError, ValueError, TypeError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 1
+        return data.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected UTF-8, found byte 0x{data[error.start]:02x}") from None
+
+
+def _read_file(file: Path) -> tuple[str, bytes]:
+    return str(file), file.read_bytes()
+
+
+def _load(args: argparse.Namespace, messages: Sequence[dict[str, str]]) -> Model:
+    """The model; one that can't take `messages` is refused before its weights are loaded."""
+    if messages:
+        directory = bundled_model_path() if args.model is None else resolve_model(args.model)
+        Tokenizer(directory).render_chat(messages)
+    return load(args.model, args.device, args.dtype, args.max_seq_len)
+
+
+def _summary(completion: Completion) -> str:
+    """Counts and speeds of one answer."""
+    usage, timings = completion.usage, completion.timings
+    return (
+        f"prompt: {usage.prompt_tokens} tokens, {timings.prompt_tokens_per_second:.1f} tokens/s; "
+        f"generation: {usage.completion_tokens} tokens, {timings.generation_tokens_per_second:.1f} tokens/s; "
+        f"end: {completion.finish_reason}; seed: {completion.seed}"
+    )
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Print the continuation of a prompt on stdout, piece by piece or as one JSON object."""
+    prompt = _read_prompt(args)
+    messages = _messages(args.system, {"role": "user", "content": prompt}) if args.system is not None else []
+    with _load(args, messages) as model:
+        stream = model.stream(model.encode_chat(messages) if messages else prompt, **_options(args))
+        for piece in stream:
+            if not args.json:
+                _write(piece)
+        completion = _finished(stream)
+        if args.json:
+            facts = {"model": args.model or bundled_model_path().name, "dtype": model.dtype}
+            result = asdict(completion)
+            del result["logprobs"]  # no argument asks for them
+            _write(json.dumps({**facts, "device": model.device, **result}, ensure_ascii=False, indent=1))
+        _write("\n")
+        _say(_summary(completion))
+    return 0
+
+
+def _messages(system: str | None, *others: dict[str, str]) -> list[dict[str, str]]:
+    """Messages that begin with the system's, if there is one."""
+    return [*([] if system is None else [{"role": "system", "content": system}]), *others]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _finished(stream: Stream) -> Completion:
+    assert stream.completion is not None  # the loop over it has ended
+    return stream.completion
+
+
+# ---- chat ----------------------------------------------------------------------------------------------
+
+
+class Chat:
+    """A conversation on the terminal, or by lines of stdin."""
+
+    def __init__(self, model: Model, system: str | None, options: dict[str, Any]) -> None:
+        self._model = model
+        self._options = options
+        self._first = _messages(system)
+        self._messages = list(self._first)
+        self._last: Completion | None = None
+
+    def loop(self) -> None:
+        """Answer line after line until the end of input or /exit. Ctrl-C ends an answer, or a line."""
+        while True:
+            try:
+                line = _read_line()
+                if line is None or line == "/exit":
+                    return
+                if line.startswith("/"):
+                    self._command(line)
+                elif line:
+                    self._answer(line)
+            except KeyboardInterrupt:
+                _say("\n(/exit leaves)")
+            except (FFMiniError, ValueError) as error:
+                _say_error(error)
+
+    def _command(self, line: str) -> None:
+        if line == "/help":
+            _say(CHAT_HELP)
+        elif line == "/reset":
+            self._messages, self._last = list(self._first), None
+            _say("(new conversation)")
+        elif line == "/stats":
+            _say(self._stats())
+        else:
+            _say(f"{line.split()[0]}: no such command; /help lists them")
+
+    def _stats(self) -> str:
+        if self._last is None:
+            return "no answer yet"
+        used = f"context: {self._last.usage.total_tokens} of {self._model.max_seq_len} tokens"
+        return f"{used}; {_summary(self._last)}"
+
+    def _answer(self, text: str) -> None:
+        """Stream the answer to `text`. What an interrupted answer has shown stays in the history."""
+        messages = [*self._messages, {"role": "user", "content": text}]
+        shown: list[str] = []
+        try:
+            with self._model.stream(self._model.encode_chat(messages), **self._options) as stream:
+                for piece in stream:
+                    shown.append(piece)
+                    _write(piece)
+            self._last = _finished(stream)
+            _write("\n")
+            _say(_summary(self._last))
+        finally:
+            if shown:
+                self._messages = [*messages, {"role": "assistant", "content": "".join(shown)}]
+
+
+def _read_line() -> str | None:
+    """The next line without spaces round it, None at the end of input; a terminal gets a prompt."""
+    interactive = sys.stdin.isatty()
+    prompt = "> " if interactive else ""
+    if interactive and not sys.stdout.isatty():  # stdout is for the text, and input() would write to it
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return None
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """Talk until the end of input."""
+    with contextlib.suppress(ImportError):  # some builds of Python lack it: a line can't be edited then
+        import readline  # noqa: F401
+    with _load(args, _messages(args.system, {"role": "user", "content": "hello"})) as model:
+        if sys.stdin.isatty():
+            _say("/help lists the commands")
+        Chat(model, args.system, _options(args)).loop()
+    return 0
+
+
+# ---- the command ---------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets `run` to the function that takes its arguments."""
-    parser = argparse.ArgumentParser(prog="ffmini", description="One language model, fast, without PyTorch.")
+    """The parser of `ffmini`; each command leaves the function that runs it in `run`."""
+    parser = _Parser(prog="ffmini", description="Language models on one GPU, without PyTorch.")
     parser.add_argument("--version", action="version", version=f"ffmini {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    generate = commands.add_parser("generate", help="continue a prompt")
-    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help='the text to continue; "-": from stdin')
-    generate.add_argument("-f", "--file", metavar="FILE", help="read the prompt from FILE")
+    description = "Continue a prompt. The text goes to stdout, its figures to stderr."
+    generate = commands.add_parser("generate", help="continue a prompt", description=description)
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text, or - to read it from stdin")
+    generate.add_argument("-f", "--file", type=Path, metavar="FILE", help="read the prompt from a file")
+    _add_generation_arguments(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-    _add_model(generate)
-    _add_sampling(generate)
     generate.set_defaults(run=run_generate)
-
-    chat = commands.add_parser("chat", help="talk to a model that has a chat template")
-    _add_model(chat)
-    _add_sampling(chat)
+    description = "Talk to a model that has a chat template.\n\n" + CHAT_HELP
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a model",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_generation_arguments(chat)
     chat.set_defaults(run=run_chat)
-
-    facts = commands.add_parser("info", help="what this machine has, and what a model needs")
-    _add_model(facts)
-    facts.set_defaults(run=run_info)
-
-    _add_bench(commands)
+    info.add_parser(commands)
+    bench.add_parser(commands)
     convert.add_parser(commands)
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", help="directory, or org/name in the Hugging Face cache")
-    parser.add_argument("--dtype", choices=FORMATS, help="format of the projections (default: bf16)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of context to make room for")
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-n", "--max-new-tokens", type=int, metavar="N", help="default: 256")
-    parser.add_argument("-t", "--temperature", type=float, metavar="T", help="0: greedy")
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--min-p", type=float, metavar="P")
-    parser.add_argument("--repetition-penalty", type=float, metavar="X")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; may be repeated")
-    parser.add_argument("--system", metavar="TEXT", help="a system message; needs a chat template")
-
-
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("bench", help="measure speed, or the perplexity of a text")
-    _add_model(parser)
-    parser.add_argument("--random", choices=SHAPES, help="a known shape with random weights")
-    parser.add_argument("-p", "--prompt-tokens", type=int, default=512, metavar="N", help="0: leave out")
-    parser.add_argument("-n", "--generate-tokens", type=int, default=128, metavar="N", help="0: leave out")
-    parser.add_argument("-d", "--depth", type=int, default=0, metavar="N", help="random K and V before it")
-    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
-    parser.add_argument("--json", metavar="FILE", help='write the records to FILE; "-": to stdout')
-    parser.add_argument("--perplexity", metavar="FILE", help="score a UTF-8 text instead")
-    parser.set_defaults(run=run_bench)
-
-
-# ---- generate and chat ----
-
-
-def run_generate(args: argparse.Namespace) -> int:
-    """`ffmini generate`: the continuation as it comes, or one JSON object."""
-    text = _read_prompt(args)
-    with _load(args) as model:
-        prompt: Prompt = text
-        if args.system is not None:
-            prompt = model.encode_chat(_messages(args.system, [("user", text)]))
-        options = _options(args)
-        if args.json:
-            completion = model.generate(prompt, **options)
-            about = {"model": args.model, "dtype": model.dtype, "device": model.device}
-            print(json.dumps(about | dataclasses.asdict(completion)))
-        else:
-            completion = _show(model, prompt, options)
-            print()
-    say(_speeds(completion))
-    return 0
-
-
-def run_chat(args: argparse.Namespace) -> int:
-    """`ffmini chat`: reads lines from stdin until /exit or its end."""
-    with _load(args) as model:
-        model.encode_chat(_messages(args.system, [("user", "")]))  # a model that can't chat is refused now
-        say(CHAT_HELP)
-        turns: list[tuple[str, str]] = []
-        last: Completion | None = None
-        while (line := _read_line()) is not None:
-            if line == "/exit":
-                break
-            if line == "/reset":
-                turns, last = [], None
-                say("the conversation is forgotten")
-            elif line == "/stats":
-                say("no answer yet" if last is None else _speeds(last))
-            elif line.startswith("/"):
-                say(CHAT_HELP)
-            elif line:
-                last = _answer(model, args, turns, line) or last
-    return 0
-
-
-def _answer(
-    model: Model, args: argparse.Namespace, turns: list[tuple[str, str]], line: str
-) -> Completion | None:
-    """Stream the answer to `line` and append both to `turns`; None if Ctrl-C stopped it."""
-    asked = [*turns, ("user", line)]
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's arguments) asks for; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still gets the rest
+    args = make_parser().parse_args(argv)
     try:
-        stream = model.stream(model.encode_chat(_messages(args.system, asked)), **_options(args))
-    except ValueError as error:  # such as a conversation longer than the context: /reset helps
-        say(f"error: {error}")
-        return None
-    pieces = []
-    try:
-        with stream:
-            for piece in stream:
-                pieces.append(piece)
-                print(piece, end="", flush=True)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _say_error(message)
+            status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        status = BROKEN_PIPE
     except KeyboardInterrupt:
-        say("(stopped)")
-    print(flush=True)
-    turns[:] = [*asked, ("assistant", "".join(pieces))]
-    if stream.completion is not None:
-        say(_speeds(stream.completion))
-    return stream.completion
+        _say_error("interrupted")
+        status = INTERRUPTED
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        _say_error(f"{error.filename}: {error.strerror}" if named else error)
+        status = 1
+    except (FFMiniError, ValueError, TypeError, MemoryError) as error:
+        _say_error(error)
+        status = 1
+    _drop_unwritten()
+    return status
 
 
-def _show(model: Model, prompt: Prompt, options: dict[str, Any]) -> Completion:
-    with model.stream(prompt, **options) as stream:
-        for piece in stream:
-            print(piece, end="", flush=True)
-    assert stream.completion is not None
-    return stream.completion
-
-
-def _read_prompt(args: argparse.Namespace) -> str:
-    if (args.prompt is None) == (args.file is None):
-        raise ValueError("one prompt expected: PROMPT, - for stdin, or -f FILE")
-    if args.file is not None:
-        return bench.read_text(args.file)
-    return _decode(sys.stdin) if args.prompt == "-" else args.prompt
-
-
-def _decode(stdin: TextIO) -> str:
+def _drop_unwritten() -> None:
+    """Point stdout to nowhere if what it still holds can't be written: Python would complain at its exit."""
     try:
-        return stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"stdin: UTF-8 text expected, found {error.reason} at byte {error.start}") from error
-
-
-def _read_line() -> str | None:
-    """The next line, stripped; None at the end of stdin. Ctrl-C at the prompt only says how to leave."""
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        try:
-            line = sys.stdin.readline()
-        except KeyboardInterrupt:
-            say("(/exit or Ctrl-D leaves)")
-            continue
-        return line.strip() if line else None
-
-
-def _messages(system: str | None, turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    start = [] if system is None else [{"role": "system", "content": system}]
-    return start + [{"role": role, "content": content} for role, content in turns]
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-    return {name: getattr(args, name) for name in names}
-
-
-def _load(args: argparse.Namespace) -> Model:
-    return load(args.model, device=args.device, dtype=args.dtype, max_seq_len=args.max_seq_len)
-
-
-def _speeds(completion: Completion) -> str:
-    usage, timings = completion.usage, completion.timings
-    return (
-        f"prompt {usage.prompt_tokens} tokens, {timings.prompt_tokens_per_second:.1f} tokens/s; "
-        f"generation {usage.completion_tokens} tokens, {timings.generation_tokens_per_second:.1f} tokens/s; "
-        f"seed {completion.seed}, finished by {completion.finish_reason}"
-    )
-
-
-# ---- info and bench ----
-
-
-def run_info(args: argparse.Namespace) -> int:
-    """`ffmini info`: the machine, and with -m the model."""
-    lines = info.device_lines()
-    if args.model is not None:
-        lines += info.model_lines(args.model, args.dtype, args.max_seq_len, args.device)
-    print("\n".join([f"ffmini           {__version__}", *lines]))
-    return 0
-
-
-def run_bench(args: argparse.Namespace) -> int:
-    """`ffmini bench`: a line per test, or perplexity and bits per byte."""
-    if args.perplexity is not None:
-        if args.random is not None:
-            raise UnsupportedError("--perplexity needs a trained model, found --random")
-        text = bench.read_text(args.perplexity)
-        with _load(args) as model:
-            per_token, bits = bench.perplexity(model, text)
-        print(f"perplexity {per_token:.3f} per token, {bits:.4f} bits per byte")
-        return 0
-    if min(args.prompt_tokens, args.generate_tokens, args.depth, args.repetitions - 1) < 0:
-        raise ValueError("-p, -n and -d must be at least 0, -r at least 1")
-    ordinal = choose_device(args.device)
-    if args.random is not None:
-        shape, packed = args.random, bench.random_model(args.random, args.dtype or "bf16")
-    else:
-        directory = bench.model_directory(args.model)
-        shape, packed = directory.name, load_packed(directory, args.dtype)
-    records = []
-    for record in bench.measure(
-        packed,
-        shape,
-        ordinal,
-        prompt=args.prompt_tokens,
-        generate=args.generate_tokens,
-        depth=args.depth,
-        repetitions=args.repetitions,
-    ):
-        records.append(record)
-        print(bench.line(record), file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
-    if args.json is not None:
-        bench.write_json(args.json, records)
-    return 0
-
-
-def say(text: str) -> None:
-    """One line on stderr."""
-    print(f"ffmini: {text}", file=sys.stderr, flush=True)
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"warning: {message}")
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,16 +25,13 @@ _CPU_FILE = Path("/proc/cpuinfo")
 # ---- the machine ---------------------------------------------------------------------------------------
 
 
-def cpu_name() -> str:
-    """The processor's name as the kernel of the operating system knows it."""
-    found = re.search(r"^model name\s*: (.*)$", _CPU_FILE.read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1] if found else platform.machine()
-
-
-def gpu_name(ordinal: int) -> str:
-    """The name of GPU `ordinal`; DeviceError if CuPy is missing."""
-    properties = gpu.import_cupy().cuda.runtime.getDeviceProperties(ordinal)
-    return properties["name"].decode()
+def device_name(device: str) -> str:
+    """The name of a processor: `device` is "cpu" or "cuda:N", as a decoder says it."""
+    if device == "cpu":
+        found = re.search(r"^model name\s*: (.*)$", _CPU_FILE.read_text(encoding="utf-8"), re.MULTILINE)
+        return found[1] if found else platform.machine()
+    ordinal = int(device.removeprefix("cuda:"))
+    return gpu.import_cupy().cuda.runtime.getDeviceProperties(ordinal)["name"].decode()
 
 
 def driver_version() -> str | None:
@@ -53,7 +50,7 @@ def environment_lines() -> list[str]:
     memory = f"{available_memory() / 2**30:.1f} GiB of memory available"
     lines = [
         f"ffmini  {__version__}, Python {platform.python_version()}, {packages}",
-        f"CPU     {cpu_name()}, {platform.machine()}, {memory}",
+        f"CPU     {device_name('cpu')}, {platform.machine()}, {memory}",
     ]
     try:
         cupy = gpu.import_cupy()
@@ -75,12 +72,13 @@ def _cuda_version(number: int) -> str:
 
 
 def _gpu_line(ordinal: int) -> str:
+    name = f"cuda:{ordinal}  {device_name(f'cuda:{ordinal}')}"
     reason = gpu.why_unusable(ordinal)
     if reason is not None:
-        return f"cuda:{ordinal}  {gpu_name(ordinal)}, not usable: {reason}"
+        return f"{name}, not usable: {reason}"
     properties = gpu.import_cupy().cuda.runtime.getDeviceProperties(ordinal)
     return (
-        f"cuda:{ordinal}  {gpu_name(ordinal)}, sm_{properties['major']}{properties['minor']}, "
+        f"{name}, sm_{properties['major']}{properties['minor']}, "
         f"{properties['multiProcessorCount']} multiprocessors, "
         f"{gpu.free_memory(ordinal) / 2**30:.1f} of {properties['totalGlobalMem'] / 2**30:.1f} GiB free"
     )

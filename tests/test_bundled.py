@@ -1,4 +1,4 @@
-"""The bundled model on the CPU: its tale, its choices and how well it predicts a text that it has not seen."""
+"""The bundled model on the CPU: its tale, its choices and how well it predicts a text that is new to it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[ffmini.Model]:
 
 
 def errors_and_gaps(dtype: str, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of both precisions after each of `tokens` [n]: largest difference, float64's lead, whether they agree."""
+    """After each of `tokens` [n]: bf16's largest error, float64's lead, whether both choose the same."""
     packed = pack_checkpoint(bundled_model_path(), dtype, progress=False)
     rounded, exact = (
         CPUDecoder(packed, len(tokens), precision=precision, progress=False).forward(tokens, 0, "all")
@@ -73,8 +73,7 @@ def test_perplexity(model: ffmini.Model) -> None:
 
 
 def test_tells_a_tale(model: ffmini.Model) -> None:
-    """Sampling as generation_config.json says: sentences in plain words, the same from the same seed."""
-    first = model.generate(PROMPT, seed=7, max_new_tokens=120)
-    assert first.text == model.generate(PROMPT, seed=7, max_new_tokens=120).text
-    assert first.text != model.generate(PROMPT, seed=8, max_new_tokens=120).text
-    assert first.text.count(".") >= 2 and "\ufffd" not in first.text
+    """Sampled as generation_config.json says: sentences, the same ones from the same seed."""
+    tales = [model.generate(PROMPT, seed=seed, max_new_tokens=60).text for seed in (7, 7, 8)]
+    assert tales[0] == tales[1] != tales[2]
+    assert all("." in tale and "\ufffd" not in tale for tale in tales)
