@@ -5,7 +5,7 @@
 constexpr int LOADS = 8;  // 16-byte loads that a thread has in flight
 
 // Reads count 16-byte words, count a multiple of LOADS * the threads of the grid. `never` stays as it is
-// unless all words are the same, which keeps the loads from being dropped.
+// unless every bit of them is set, which keeps the loads from being dropped.
 extern "C" __global__ void __launch_bounds__(512)
     ffmini_read(const uint4* words, uint64_t count, uint4* never) {
     const uint64_t threads = static_cast<uint64_t>(gridDim.x) * blockDim.x;

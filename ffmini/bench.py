@@ -56,7 +56,8 @@ SEED = 1
 CHECKED_LAYERS = 2
 CHECKED_TOKENS = 265  # more than one block of KV, and a single row at the end
 TOLERANCE = 2e-2  # relative error of the checked logits, norm over norm
-PEAK_BYTES = 4 << 30
+PEAK_BYTES = 4 << 30  # on a GPU
+CPU_PEAK_BYTES = 512 << 20
 PEAK_REPETITIONS = 10
 RANDOM_ROWS = 257 * TILE_ROWS  # rows of a random matrix that differ; then they repeat
 SCORED_ROWS = 128  # tokens scored at a time, in double
@@ -174,7 +175,7 @@ def read_peak(ordinal: int | None) -> float:
 def _cpu_read_peak() -> float:
     """By a matrix-vector product of 512 MiB, or a quarter of what is free: it uses the cores a pass uses."""
     columns = 4096
-    rows = min(512 << 20, available_memory() // 4) // (4 * columns)
+    rows = min(CPU_PEAK_BYTES, available_memory() // 4) // (4 * columns)
     matrix, vector = np.ones((rows, columns), np.float32), np.ones(columns, np.float32)
     times = []
     for _ in range(PEAK_REPETITIONS):
