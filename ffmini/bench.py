@@ -125,7 +125,7 @@ def _pack_random(rows: int, layout: MatrixLayout, rng: np.random.Generator) -> n
     groups = (rows, -(-layout.cols // layout.group_size))
     low, high, kind = (-127, 127, np.int8) if layout.format == "int8" else (0, 15, np.uint8)
     codes = rng.integers(low, high, (rows, layout.cols), kind, endpoint=True)
-    scale = deviation * math.sqrt(12) / (high - low) * rng.uniform(0.5, 1.5, groups)
+    scale = deviation * math.sqrt(12) / (high - low + 1) * rng.uniform(0.75, 1.25, groups)
     zero = rng.uniform(7.0, 8.0, groups).astype(np.float16) if layout.format == "int4" else None
     return pack_quantized(Quantized(codes, scale.astype(np.float16), zero), layout)
 

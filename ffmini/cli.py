@@ -20,6 +20,9 @@ from .errors import FFMiniError
 from .model import Completion, Model, Stream, bundled_model_path, load
 from .tokenizer import Tokenizer
 
+with contextlib.suppress(ImportError):  # some builds of Python lack it: a line of a chat can't be edited then
+    import readline  # noqa: F401
+
 INTERRUPTED = 130  # 128 + SIGINT and 128 + SIGPIPE, as a shell reports them
 BROKEN_PIPE = 141
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
@@ -216,8 +219,6 @@ def _read_line() -> str | None:
 
 def run_chat(args: argparse.Namespace) -> int:
     """Talk until the end of input."""
-    with contextlib.suppress(ImportError):  # some builds of Python lack it: a line can't be edited then
-        import readline  # noqa: F401
     with _load(args, _messages(args.system, {"role": "user", "content": "hello"})) as model:
         if sys.stdin.isatty():
             _say("/help lists the commands")

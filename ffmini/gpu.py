@@ -79,7 +79,9 @@ def kv_cache_bytes(config: ModelConfig, positions: int) -> int:
 class _Build:
     """The kernel compiled for one number of rows, with the packets that its passes exchange."""
 
-    def __init__(self, cupy: ModuleType, defines: dict[str, str], arch: str, blocks: int) -> None:
+    def __init__(
+        self, cupy: ModuleType, defines: dict[str, str], arch: str, blocks: int, multiprocessors: int
+    ) -> None:
         module = cupy.RawModule(path=str(cached_cubin(defines, arch)), enable_cooperative_groups=True)
         self.kernel = module.get_function(KERNEL_NAME)
         info = _read_global(cupy, module, "ffmini_build_info", BUILD_INFO)
@@ -93,13 +95,13 @@ class _Build:
                 f"PassArgs: the host has {PASS_ARGS.itemsize} bytes, the kernel {info['args_bytes']}"
             )
         self.kernel.max_dynamic_shared_size_bytes = self.shared_bytes
-        resident = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+        resident = multiprocessors * cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
             self.kernel.kernel.ptr, self.threads, self.shared_bytes
         )
-        if resident < 1:
+        if blocks > resident:
             raise DeviceError(
-                f"a block of {self.threads} threads and {self.shared_bytes} bytes of shared memory must fit "
-                f"on a multiprocessor, found room for {resident}"
+                f"{blocks} blocks of {self.threads} threads and {self.shared_bytes} bytes of shared memory "
+                f"must be resident together, found room for {resident}"
             )
         self.exchange = None
 
@@ -148,7 +150,8 @@ class GPUDecoder:
         self._pass = 0
         self._closed = False
         properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
-        blocks = blocks or properties["multiProcessorCount"]
+        multiprocessors = properties["multiProcessorCount"]
+        blocks = blocks or multiprocessors
         shared_limit = properties["sharedMemPerBlockOptin"]
         arch = f"sm_{properties['major']}{properties['minor']}"
         with cupy.cuda.Device(ordinal), cupy.cuda.using_allocator(self._pool.malloc):
@@ -166,6 +169,7 @@ class GPUDecoder:
                     ),
                     arch,
                     blocks,
+                    multiprocessors,
                 )
                 for r in rows or sorted({1, max_rows(packed.config, packed.layouts, shared_limit, blocks)})
             }

@@ -58,7 +58,7 @@ def skeleton(config: ModelConfig, format: str) -> bench.PackedModel:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pass_bytes_of_published_shapes(shape):
-    """bf16: two bytes per parameter of a matrix, four of a vector; one row of an embedding that is not tied."""
+    """bf16: two bytes per parameter of a matrix, four of a vector; one row of an untied embedding."""
     config = config_of(SHAPES[shape])
     hidden, layers = config.hidden_size, config.num_layers
     vectors = (2 * layers + 1) * hidden + (2 * layers * config.head_dim if config.qk_norm else 0)
@@ -122,9 +122,8 @@ def test_random_weights_are_like_a_fresh_model(format, family):
     config = config_of(tiny_config(family, intermediate_size=176, vocab_size=9001))
     packed = random_model(config, format)
     assert len(packed.layers) == config.num_layers and packed.layers[0] is packed.layers[-1]
-    matrices = {name: getattr(packed.layers[0], name) for name in LAYER_MATRICES} | {
-        "lm_head": packed.lm_head
-    }
+    matrices = {name: getattr(packed.layers[0], name) for name in LAYER_MATRICES}
+    matrices["lm_head"] = packed.lm_head
     for name, matrix in matrices.items():
         weights = unpack_matrix(matrix, packed.layouts[name])
         assert weights.std() * np.sqrt(weights.shape[1]) == pytest.approx(1, abs=0.06), name
@@ -189,7 +188,7 @@ def wrong_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("wrong_decoder")
 def test_check_finds_wrong_numbers():
-    with pytest.raises(GenerationError, match="relative error of at most 0.02 expected, found"):
+    with pytest.raises(GenerationError, match=r"relative error of at most 0\.02 expected, found"):
         bench.check_logits(random_model(config_of(TINY), "bf16"), None)
 
 
@@ -260,8 +259,8 @@ def test_command_by_its_wrapper(tmp_path):
     records = json.loads(result.stdout)
     tests = [(record["test"], record["depth"]) for record in records]
     assert tests == [(test, depth) for depth in (0, 9) for test in ("pp3", "pp4", "tg2")]
-    keys = "shape dtype test depth tokens_per_s us_per_token bytes peak_bytes_per_s fraction device driver commit"
-    assert set(keys.split()) <= set(records[0])
+    keys = "shape dtype test depth tokens_per_s us_per_token bytes peak_bytes_per_s fraction device driver"
+    assert {*keys.split(), "commit"} <= set(records[0])
     assert records[0]["shape"] == "tiny" and records[0]["driver"] is None and records[0]["commit"]
 
 

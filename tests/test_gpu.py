@@ -15,7 +15,7 @@ from tiny import FAMILIES, tiny_config, tiny_prompt, write_checkpoint
 from ffmini import gpu
 from ffmini.convert import pack_checkpoint
 from ffmini.cpu import CPUDecoder
-from ffmini.errors import GenerationError
+from ffmini.errors import DeviceError, GenerationError
 from ffmini.model import bundled_model_path
 from ffmini.packing import PackedModel
 from ffmini.tokenizer import Tokenizer
@@ -195,6 +195,12 @@ def test_a_hopeless_wait_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         decoder.finish(0)
     assert np.array_equal(decoder.forward(prompt, 0), expected)
     decoder.close()
+
+
+def test_a_grid_that_cannot_be_resident_is_refused(tmp_path: Path) -> None:
+    packed = pack(tmp_path, "llama2", "bf16")
+    with pytest.raises(DeviceError, match=r"100000 blocks .* must be resident together, found room for"):
+        gpu.GPUDecoder(packed, 64, blocks=100_000, progress=False)
 
 
 def test_non_finite_logits_raise(tmp_path: Path) -> None:

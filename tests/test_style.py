@@ -29,7 +29,7 @@ CHAIN = [
 ]
 RANK = {name: rank for rank, names in enumerate(CHAIN) for name in names}
 # Imported where they are used, because they are optional.
-OPTIONAL = {"cupy", "cupy_backends", "jinja2"}
+OPTIONAL = {"cupy", "cupy_backends", "jinja2", "readline"}
 
 
 def imports(tree: ast.Module, package: str) -> list[tuple[str, bool]]:
