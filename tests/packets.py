@@ -24,6 +24,12 @@ def packet_counts(config: ModelConfig) -> dict[str, int]:
     }
 
 
+def kept_packets(config: ModelConfig, rows: int) -> int:
+    """Packets of a build for `rows` rows that no later layer overwrites: all but the partial softmaxes."""
+    counts = packet_counts(config)
+    return rows * (config.num_layers * sum(counts.values()) + counts["hidden"])
+
+
 def stages(
     exchange: np.ndarray, config: ModelConfig, rows: int, num_rows: int
 ) -> list[dict[str, np.ndarray]]:

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from bounds import check_logits_sent, check_sent
 from comparison import check_logits, check_stages, error, share_cache
 from packets import packet_counts
 from sim.driver import SimDecoder, SimError, sanitized_environment
-from tiny import tiny_config, tiny_prompt, write_checkpoint
+from sim_cases import (
+    DEEP,
+    GOLDEN_CASES,
+    MAX_SEQ_LEN,
+    Case,
+    case_tokens,
+    pack_case,
+    packed_digest,
+    random_cache,
+)
 
-from ffmini.convert import pack_checkpoint
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import GenerationError
-from ffmini.numerics import from_bf16, to_bf16
+from ffmini.numerics import from_bf16
 from ffmini.packing import PackedModel
 from ffmini.resources import resource_dir
-
-MAX_SEQ_LEN = 600
-DEEP = 508  # a pass from here on has three blocks of positions, and rows in two of them
-
-
-@dataclass(frozen=True)
-class Case:
-    """One build: a family of tests/tiny.py with changes, a format, and what the pass is run with."""
-
-    family: str
-    dtype: str = "bf16"
-    group_size: int = 128
-    rows: int = 8
-    blocks: int = 3
-    changes: dict[str, Any] = field(default_factory=dict)
-
 
 # Every format with every number of rows; families, group sizes, head sizes, ratios of heads and grids.
 CASES = {
@@ -89,26 +79,20 @@ CASES = {
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], PackedModel]:
     """The packed model of a case, made once."""
 
-    @functools.cache
-    def packed(family: str, dtype: str, group_size: int, changes: tuple[tuple[str, Any], ...]) -> PackedModel:
-        config = tiny_config(family, **dict(changes) | {"max_position_embeddings": 4096})
-        source = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", config)
-        return pack_checkpoint(source, dtype, group_size, progress=False)
+    made: dict[str, PackedModel] = {}
 
-    return lambda case: packed(case.family, case.dtype, case.group_size, tuple(case.changes.items()))
+    def packed(case: Case) -> PackedModel:
+        key = repr((case.family, case.dtype, case.group_size, case.changes))
+        if key not in made:
+            made[key] = pack_case(tmp_path_factory.mktemp("checkpoint") / "model", case)
+        return made[key]
+
+    return packed
 
 
-def fill_cache(decoder: SimDecoder) -> None:
-    """Random keys and values at the positions before DEEP, NaN from there on."""
-    stream = np.random.Generator(np.random.PCG64(7))
+def fill_cache(decoder: SimDecoder, start: int = DEEP) -> None:
     for cache in (decoder.key_cache, decoder.value_cache):
-        cache[...] = 0xFFFF
-        shape = (*cache.shape[:3], DEEP, cache.shape[4])
-        cache[:, :, :, :DEEP] = to_bf16(stream.standard_normal(shape).astype(np.float32))
-
-
-def prompt_of(packed: PackedModel, length: int) -> np.ndarray:
-    return tiny_prompt({"vocab_size": packed.config.vocab_size}, length)
+        cache[...] = random_cache(cache.shape, start)
 
 
 def deep_logits(decoder: SimDecoder, tokens: np.ndarray, chunk: int) -> np.ndarray:
@@ -133,7 +117,7 @@ def test_matches_cpu(pack: Callable[[Case], PackedModel], name: str) -> None:
     oracle = CPUDecoder(packed, MAX_SEQ_LEN, progress=False)
     exact = CPUDecoder(packed, MAX_SEQ_LEN, precision="float64", progress=False)
     decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=case.rows, blocks=case.blocks, seed=1)
-    prompt = prompt_of(packed, 2 * case.rows + 3)
+    prompt = case_tokens(packed, 2 * case.rows + 3)
     reference = exact.forward(prompt, 0, "all")
     own_error = error(oracle.forward(prompt, 0, "all"), reference)
     check_logits(error(decoder.forward(prompt, 0, "all"), reference), own_error)
@@ -154,7 +138,7 @@ def test_matches_cpu(pack: Callable[[Case], PackedModel], name: str) -> None:
 def test_same_bits(pack: Callable[[Case], PackedModel], dtype: str) -> None:
     """However the rows are grouped, however many blocks there are, whatever the schedule is."""
     packed = pack(Case("qwen2", dtype))
-    tokens = prompt_of(packed, 9)
+    tokens = case_tokens(packed, 9)
     many = SimDecoder(packed, MAX_SEQ_LEN, rows=8, blocks=1)
     one = SimDecoder(packed, MAX_SEQ_LEN, rows=1, shared_limit=227 * 1024)  # a deeper ring
     expected = deep_logits(many, tokens, 8)
@@ -171,11 +155,39 @@ def test_same_bits(pack: Callable[[Case], PackedModel], dtype: str) -> None:
 def test_logits_as_asked(pack: Callable[[Case], PackedModel]) -> None:
     packed = pack(CASES["llama2"])
     decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=8)
-    tokens = prompt_of(packed, 10)
+    tokens = case_tokens(packed, 10)
     every = decoder.forward(tokens, 0, "all")
     assert same_bits(decoder.forward(tokens, 0, "last"), every[-1:])
     assert decoder.forward(tokens, 0, "none").shape == (0, packed.config.vocab_size)
     assert same_bits(decoder.launch(tokens[:8], 0, [1, 6]), every[[1, 6]])
+
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_same_as_on_a_gpu(pack: Callable[[Case], PackedModel], name: str) -> None:
+    """Each stage, fed with what a real GPU's blocks told each other, sends what they sent.
+
+    The same bits: the embedding, K and V as norm and rope leave them, attention to a single position. The
+    rest goes through mma or a power of two: within the bounds that tests/bounds.py derives.
+    """
+    case, golden = GOLDEN_CASES[name], np.load(GOLDENS / f"sim_{name}.npz")
+    packed = pack(case)
+    assert packed_digest(packed) == golden["digest"], "other weights than the golden's"
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=case.rows, blocks=1, seed=1)
+    fill_cache(decoder, case.start)
+    found, logits = decoder.replay(golden["tokens"], case.start, golden["words"])
+    fed = decoder.stages()
+    appended = slice(case.start, case.start + case.rows)
+    assert np.array_equal(decoder.key_cache[:, 0, :, appended], golden["keys"])
+    assert np.array_equal(decoder.value_cache[:, 0, :, appended], golden["values"])
+    assert same_bits(found[0]["hidden"], fed[0]["hidden"])
+    if case.start == 0:
+        for sent, given in zip(found[:-1], fed[:-1], strict=True):
+            assert same_bits(sent["attention"][0], given["attention"][0])
+    check_sent(found, fed, packed)
+    check_logits_sent(logits, golden["logits"], fed[-1]["hidden"], packed)
 
 
 # ---- schedules -----------------------------------------------------------------------------------------
@@ -185,7 +197,7 @@ def test_schedules(pack: Callable[[Case], PackedModel]) -> None:
     """200 seeds: lanes in any order, blocks and warps starved, stores and copies late."""
     packed = pack(Case("llama2", "int4", 32, changes={"vocab_size": 64}))
     decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1)
-    tokens = prompt_of(packed, 1)
+    tokens = case_tokens(packed, 1)
     expected = deep_logits(decoder, tokens, 1)
     for seed in range(1, 201):
         decoder.seed, decoder.blocks = seed, 7 if seed % 20 == 0 else 2 + seed % 2
@@ -195,9 +207,19 @@ def test_schedules(pack: Callable[[Case], PackedModel]) -> None:
 def test_packets_held_back(pack: Callable[[Case], PackedModel]) -> None:
     """The test build with pauses computes the same."""
     packed = pack(CASES["llama2"])
-    tokens = prompt_of(packed, 8)
+    tokens = case_tokens(packed, 8)
     plain, pausing = (SimDecoder(packed, MAX_SEQ_LEN, test_pauses=pauses) for pauses in (False, True))
     assert same_bits(deep_logits(pausing, tokens, 8), deep_logits(plain, tokens, 8))
+
+
+def lost_packets(decoder: SimDecoder) -> dict[str, int]:
+    """Indices into the exchange: a packet of each kind of layer 1, the last hidden, a partial softmax."""
+    counts = packet_counts(decoder.config)
+    starts = np.cumsum([0, *counts.values()])
+    before = decoder.config.num_layers * starts[-1]
+    places = {f"layer 1 {name}": starts[-1] + at for name, at in zip(counts, starts, strict=False)}
+    places |= {"last hidden": before, "partial": before + counts["hidden"]}
+    return {name: int(decoder.rows * at) for name, at in places.items()}
 
 
 LOST = {  # where a packet gets lost: in which layer the pass must end
@@ -214,32 +236,31 @@ LOST = {  # where a packet gets lost: in which layer the pass must end
 @pytest.mark.parametrize("stage", LOST)
 def test_a_lost_packet(pack: Callable[[Case], PackedModel], stage: str) -> None:
     """A deadlock is reported; where time passes the kernel gives up, says where and stays usable."""
-    packed = pack(CASES["llama2"])
-    decoder = SimDecoder(packed, MAX_SEQ_LEN, seed=3)
-    tokens = prompt_of(packed, 8)
-    expected = deep_logits(decoder, tokens, 8)
-    counts = packet_counts(
-        packed.config
-    )  # of a layer, in order; after the layers the last hidden, the partials
-    places = {f"layer 1 {name}": (1, sum(list(counts.values())[:i])) for i, name in enumerate(counts)}
-    places |= {"last hidden": (2, 0), "partial": (2, counts["hidden"])}
-    layers_before, packets_before = places[stage]
-    decoder.lost_packet = decoder.rows * (layers_before * sum(counts.values()) + packets_before)
-    with pytest.raises(SimError, match=r"seed 3, 3 blocks: deadlock: .*exchange.cuh:\d+ for exchange \("):
-        deep_logits(decoder, tokens, 8)
-    decoder.give_up = True
-    with pytest.raises(GenerationError, match="a wait gave up"):
-        deep_logits(decoder, tokens, 8)
-    assert decoder.status["stage"] // 8 == LOST[stage]
-    decoder.lost_packet = None
-    assert same_bits(deep_logits(decoder, tokens, 8), expected)
+    packed = pack(Case("llama2", changes={"vocab_size": 64}))
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1)
+    tokens = case_tokens(packed, 1)
+    expected = deep_logits(decoder, tokens, 1)
+    place = lost_packets(decoder)[stage]
+    for seed in range(1, 201):
+        decoder.seed, decoder.blocks, decoder.lost_packet = seed, 2 + seed % 2, place
+        decoder.give_up = seed % 2 == 0
+        if decoder.give_up:
+            with pytest.raises(GenerationError, match="a wait gave up"):
+                decoder.forward(tokens, DEEP)
+            assert decoder.status["stage"] // 8 == LOST[stage]
+        else:
+            with pytest.raises(SimError, match=r"deadlock: .*exchange.cuh:\d+ for exchange \("):
+                decoder.forward(tokens, DEEP)
+        if seed % 50 == 0:
+            decoder.lost_packet = None
+            assert same_bits(decoder.forward(tokens, DEEP), expected)
 
 
 def test_non_finite_logits(pack: Callable[[Case], PackedModel]) -> None:
     packed = pack(Case("llama2", changes={"vocab_size": 67}))
     packed.norm = np.full_like(packed.norm, 3e38)
     with pytest.raises(GenerationError, match="non-finite"):
-        SimDecoder(packed, MAX_SEQ_LEN).forward(prompt_of(packed, 3), 0)
+        SimDecoder(packed, MAX_SEQ_LEN).forward(case_tokens(packed, 3), 0)
 
 
 # ---- that all this can fail ----------------------------------------------------------------------------
@@ -286,7 +307,7 @@ def test_mutation_is_found(pack: Callable[[Case], PackedModel], tmp_path: Path, 
     assert text.count(old) == 1
     (cuda / file).write_text(text.replace(old, new))
     packed = pack(Case("qwen2", "int4"))
-    tokens = prompt_of(packed, 11)
+    tokens = case_tokens(packed, 11)
     expected = deep_logits(SimDecoder(packed, MAX_SEQ_LEN, rows=8), tokens, 8)
     decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=8, cuda=cuda)
 
@@ -298,6 +319,45 @@ def test_mutation_is_found(pack: Callable[[Case], PackedModel], tmp_path: Path, 
             return True
 
     assert any(is_wrong(seed) for seed in range(12))
+
+
+COVERED = {  # together these run every line
+    "biases, carried sums": Case(
+        "llama_biases", "int4", 32, rows=8, blocks=1, changes={"hidden_size": 528, "head_dim": 16}
+    ),
+    "tied bf16": Case("smollm2", "bf16", rows=2, blocks=2),
+    "tied int8, norm of q and k": Case("qwen3", "int8", rows=4),
+}
+
+
+def test_every_line_runs(pack: Callable[[Case], PackedModel]) -> None:
+    """gcov finds no line of cuda/ that runs nowhere: not the pauses, not a single wait that gives up."""
+    counts: dict[tuple[str, int], int] = {}
+    for name, case in COVERED.items():
+        packed = pack(case)
+        decoder = SimDecoder(
+            packed, MAX_SEQ_LEN, rows=case.rows, blocks=case.blocks, test_pauses=True, coverage=True
+        )
+        tokens = case_tokens(packed, case.rows)
+        deep_logits(decoder, tokens, case.rows)
+        decoder.forward(tokens, 0, "none")
+        if name == "tied bf16":
+            decoder.give_up = True
+            for place in lost_packets(decoder).values():
+                decoder.lost_packet = place
+                with pytest.raises(GenerationError, match="a wait gave up"):
+                    deep_logits(decoder, tokens, case.rows)
+            decoder.lost_packet = None
+            decoder._arrays["norm"][...] = 3e38
+            with pytest.raises(GenerationError, match="non-finite"):
+                deep_logits(decoder, tokens, case.rows)
+        for file, lines in decoder.coverage().items():
+            for line, count in lines.items():
+                counts[file, line] = max(counts.get((file, line), 0), count)
+    sources = {path.name for path in resource_dir("cuda").glob("*.cu*")}
+    assert {file for file, _ in counts} == sources - {"ptx.cuh", "read_peak.cu"}
+    never = sorted(place for place, count in counts.items() if count == 0)
+    assert never == []
 
 
 def test_sanitizers() -> None:

@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import json
 import mmap
 import os
 import re
@@ -20,7 +21,7 @@ import weakref
 from pathlib import Path
 
 import numpy as np
-from packets import PACKET, stages
+from packets import PACKET, packet_counts, stages
 
 from ffmini.errors import GenerationError
 from ffmini.kernel import BUILD_INFO, PASS_ARGS, STATUS, kernel_defines, layer_bytes
@@ -37,6 +38,7 @@ SANITIZERS = (
     "-fno-sanitize-recover=undefined",
     "-fno-omit-frame-pointer",
 )
+COVERAGE = ("-O0", "--coverage", "-DSIM_COVERAGE")
 SHARED_LIMIT = 99 * 1024  # of the smallest GPUs: rings are short and wrap often
 
 
@@ -84,7 +86,7 @@ def find_compiler() -> str:
     return compiler
 
 
-def build(defines: dict[str, str], cuda: Path | None = None) -> Path:
+def build(defines: dict[str, str], cuda: Path | None = None, coverage: bool = False) -> Path:
     """The shared library of one build of `cuda` (default: the project's own), compiled unless it is there."""
     own = sorted(path for path in SIM_DIR.iterdir() if path.suffix in (".cpp", ".hpp", ".cuh"))
     device = sorted((cuda or resource_dir("cuda")).glob("*.cu*"))
@@ -99,6 +101,8 @@ def build(defines: dict[str, str], cuda: Path | None = None) -> Path:
         if not link.exists():
             link.symlink_to(SIM_DIR / path.name if path.name == "ptx.cuh" else path)
     constants = [f"-D{name}={value}" for name, value in sorted(defines.items())]
+    if coverage:
+        flags += COVERAGE
     arguments = [*flags, f"-I{tree}", "-shared", *constants, str(SIM_DIR / "sim.cpp"), *objects]
     return compile_once(arguments, tree / "sim.so")
 
@@ -109,7 +113,7 @@ def compile_once(arguments: list[str], target: Path) -> Path:
     digest = hashlib.blake2b(repr(arguments).encode(), digest_size=12).hexdigest()
     finished = target.with_name(f"{digest}-{target.name}")
     if not finished.is_file():
-        partial = target.with_name(f"{os.getpid()}-{target.name}")
+        partial = finished.with_name(f"{finished.name}-{os.getpid()}")
         command = [compiler, *arguments, "-o", str(partial)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
@@ -162,12 +166,14 @@ class SimDecoder:
         shared_limit: int = SHARED_LIMIT,
         test_pauses: bool = False,
         cuda: Path | None = None,
+        coverage: bool = False,
     ) -> None:
         self.config, self.max_seq_len, self.device = packed.config, max_seq_len, "sim"
         self.rows, self.blocks, self.seed = rows, blocks, seed
         self.lost_packet: int | None = None
         self.give_up = False
         self._pass = 0
+        self._sent: np.ndarray | None = None
         defines = kernel_defines(
             packed.config,
             packed.layouts,
@@ -177,7 +183,8 @@ class SimDecoder:
             blocks=1,  # room for every tile in one block is room for any grid
             test_pauses=test_pauses,
         )
-        self._library = ctypes.CDLL(str(build(defines, cuda)))
+        self._path = build(defines, cuda, coverage)
+        self._library = ctypes.CDLL(str(self._path))
         weakref.finalize(self, self._library.sim_close)
         self._library.sim_run.restype = ctypes.c_char_p
         self._library.sim_run.argtypes = [
@@ -186,6 +193,8 @@ class SimDecoder:
             ctypes.c_void_p,
             ctypes.c_uint32,
             ctypes.c_bool,
+            ctypes.c_void_p,
+            ctypes.c_uint64,
         ]
         info = (ctypes.c_char * BUILD_INFO.itemsize).in_dll(self._library, "ffmini_build_info")
         self.build_info = np.frombuffer(info, dtype=BUILD_INFO)[0]
@@ -258,7 +267,10 @@ class SimDecoder:
         args["rows"]["position"][: len(tokens)] = np.arange(start, start + len(tokens))
         self._logits[...] = np.nan
         lost = None if self.lost_packet is None else self.exchange[self.lost_packet :].ctypes.data
-        error = self._library.sim_run(args.ctypes.data, self.seed, lost, self.blocks, self.give_up)
+        sent, count = (None, 0) if self._sent is None else (self._sent.ctypes.data, len(self._sent))
+        error = self._library.sim_run(
+            args.ctypes.data, self.seed, lost, self.blocks, self.give_up, sent, count
+        )
         if error is not None:
             raise SimError(f"seed {self.seed}, {self.blocks} blocks: {self._name_addresses(error.decode())}")
         self.status = self._status[0].copy()
@@ -267,6 +279,46 @@ class SimDecoder:
         if self.status["non_finite"] == self._pass:
             raise GenerationError("non-finite logits")
         return self._logits[wanted].copy()
+
+    def replay(
+        self, tokens: np.ndarray, start: int, words: np.ndarray
+    ) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+        """One pass whose stages receive `words`, another pass's payload [packets.kept_packets, 3].
+
+        With one block only: nothing waits, so others would overwrite a layer's partial softmaxes too soon.
+        Returns what they sent themselves (see packets.stages), and the logits of all rows.
+        """
+        assert self.blocks == 1
+        counts = packet_counts(self.config)
+        layers = np.arange(self.config.num_layers + 1, dtype=np.uint32)
+        layer_of_packet = np.repeat(layers, self.rows * sum(counts.values()))[: len(words)]
+        packets = self.exchange[: len(words)]
+        packets["words"] = words
+        packets["tag"] = (self._pass + 1) * len(layers) + layer_of_packet
+        self._sent = guarded_array((len(words),), PACKET)
+        try:
+            logits = self.launch(tokens, start, list(range(len(tokens))))
+            return stages(self._sent, self.config, self.rows, len(tokens)), logits
+        finally:
+            self._sent = None
+
+    def coverage(self) -> dict[str, dict[int, int]]:
+        """File of cuda/ -> line -> how often it ran; once, and of a build that is made with `coverage`."""
+        for old in self._path.parent.glob(f"{self._path.name}*.gcda"):
+            old.unlink()
+        self._library.sim_write_coverage()
+        (data,) = self._path.parent.glob(f"{self._path.name}*.gcda")
+        command = ["gcov", "--json-format", "--stdout", str(data)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=data.parent)
+        counts: dict[str, dict[int, int]] = {}
+        for file in json.loads(result.stdout)["files"]:
+            path = data.parent / file["file"]
+            if path.parent == data.parent and path.name != "ptx.cuh":
+                lines = counts.setdefault(path.name, {})
+                for line in file["lines"]:
+                    number = line["line_number"]
+                    lines[number] = max(lines.get(number, 0), line["count"])
+        return counts
 
     def _name_addresses(self, text: str) -> str:
         """`text` with addresses in or near an array replaced by the array's name and an offset in bytes."""

@@ -1,5 +1,6 @@
 #include "machine.hpp"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -18,6 +19,11 @@ std::string describe(const Site& site) {
     return std::string(site.op) + " at " + (name ? name + 1 : site.file) + ":" + std::to_string(site.line);
 }
 
+// A block and the 16 bytes round an address that its lanes may poll.
+uint64_t line_of(const void* p, int block) {
+    return (reinterpret_cast<uintptr_t>(p) / 16) << 8 | static_cast<uint64_t>(block);
+}
+
 }  // namespace
 
 // ---- one run ----
@@ -30,7 +36,7 @@ void Machine::run(const Options& options, size_t shared_bytes, int threads, void
     idle_rounds_ = 0;
     for (auto& list : ready_) list.clear();
     pending_.clear();
-    pending_order_.clear();
+    sights_.clear();
     pollers_.clear();
     choose_policy(threads / WARP_LANES);
     while (grid_.size() < options.blocks) add_block(shared_bytes, threads);
@@ -43,7 +49,7 @@ void Machine::run(const Options& options, size_t shared_bytes, int threads, void
             break;
         }
     }
-    while (!pending_order_.empty()) show_some_store();  // the end of a launch shows everything
+    while (!sights_.empty()) show_some_store();  // the end of a launch shows everything
     current_ = nullptr;
 }
 
@@ -51,14 +57,15 @@ void Machine::choose_policy(int warps) {
     policy_ = Policy();
     if (options_.seed == 0) return;
     const uint32_t delays[] = {1, 4, 64};
-    policy_.order = static_cast<Policy::Order>(random_.below(3));
-    const uint32_t victim = random_.below(3);
+    const uint64_t seed = options_.seed;
+    policy_.order = static_cast<Policy::Order>(seed % 3);
+    const uint64_t victim = seed / 3 % 3;
     if (victim == 1) policy_.starved_block = static_cast<int>(random_.below(options_.blocks));
     if (victim == 2) policy_.starved_warp = static_cast<int>(random_.below(static_cast<uint32_t>(warps)));
     policy_.yield = random_.below(3) * 64;
-    policy_.stores_last = random_.below(3) == 0;
+    policy_.stores_last = seed / 9 % 3 == 0;
     policy_.store_delay = delays[random_.below(3)];
-    policy_.copies_late = random_.below(3) * 128;
+    policy_.copies_late = static_cast<uint32_t>(seed / 27 % 3) * 128;
 }
 
 void Machine::add_block(size_t shared_bytes, int threads) {
@@ -108,7 +115,7 @@ void Machine::make_ready(Lane& lane) {
 // The lane that goes on next; null if none can. Each choice is a tick of the machine's clock.
 Lane* Machine::choose_lane() {
     ++now_ns_;
-    if (!policy_.stores_last && !pending_order_.empty() && random_.below(policy_.store_delay) == 0) {
+    if (!policy_.stores_last && !sights_.empty() && random_.below(policy_.store_delay) == 0) {
         show_some_store();
     }
     std::deque<Lane*>& list = ready_[0].empty() ? ready_[1] : ready_[0];
@@ -168,7 +175,7 @@ void Machine::fail(const Site& site, const char* format, ...) {
 
 // Nothing can run: shows a store, or lets all polls be made once more, or ends the run. False at the end.
 bool Machine::idle() {
-    if (!pending_order_.empty()) {
+    if (!sights_.empty()) {
         show_some_store();
         return true;
     }
@@ -243,10 +250,13 @@ Words Machine::read(const void* p, uint32_t words) const {
     Words value{};
     memcpy(value.word, p, 4 * words);
     const auto found = pending_.find(reinterpret_cast<uintptr_t>(p));
-    if (found != pending_.end()) {  // a lane sees its own stores
-        for (const PendingStore& store : found->second) {
-            if (store.lane == current_) value = store.value;
-        }
+    if (found == pending_.end()) return value;
+    const PendingStores& pending = found->second;
+    const uint32_t seen = pending.seen[current_->block->index];
+    for (size_t i = 0; i < pending.stores.size(); ++i) {
+        const PendingStore& store = pending.stores[i];
+        const bool visible = i < seen || store.lane == current_;  // a lane sees its own stores
+        if (visible) memcpy(value.word, store.value.word, 4 * std::min(words, store.words));
     }
     return value;
 }
@@ -261,7 +271,7 @@ Words Machine::load(const void* p, uint32_t words, const Site& site) {
         lane.polls = 0;
         lane.site = site;
         lane.mask = 0;
-        pollers_[reinterpret_cast<uintptr_t>(p)].push_back(&lane);
+        pollers_[line_of(p, lane.block->index)].push_back(&lane);
         leave(Lane::POLLS);
         value = read(p, words);
     }
@@ -273,32 +283,52 @@ Words Machine::load(const void* p, uint32_t words, const Site& site) {
 void Machine::store(void* p, const Words& value, uint32_t words) {
     if (p == options_.lost_packet) return;
     idle_rounds_ = 0;
+    const size_t offset = static_cast<uint8_t*>(p) - options_.kept;
+    if (options_.kept != nullptr && offset < options_.kept_bytes) {
+        memcpy(options_.sent + offset, value.word, 4 * words);
+        return;
+    }
     const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-    pending_[address].push_back({value, words, current_});
-    pending_order_.push_back(address);
-    if (!policy_.stores_last && policy_.store_delay == 0) show_some_store();
+    PendingStores& pending = pending_[address];
+    pending.stores.push_back({value, words, current_});
+    pending.seen.resize(options_.blocks);
+    for (uint32_t block = 0; block < options_.blocks; ++block) {
+        if (policy_.store_delay == 0) {
+            show({address, block});
+        } else {
+            sights_.push_back({address, block});
+        }
+    }
 }
 
 void Machine::show_some_store() {
-    const size_t i = random_.below(static_cast<uint32_t>(pending_order_.size()));
-    const uintptr_t address = pending_order_[i];
-    pending_order_[i] = pending_order_.back();
-    pending_order_.pop_back();
-    show(address);
+    const size_t i = random_.below(static_cast<uint32_t>(sights_.size()));
+    const Sight sight = sights_[i];
+    sights_[i] = sights_.back();
+    sights_.pop_back();
+    show(sight);
 }
 
-// The oldest pending store to `address` becomes visible: stores to one address keep their order.
-void Machine::show(uintptr_t address) {
-    const auto found = pending_.find(address);
-    const PendingStore& store = found->second.front();
-    memcpy(reinterpret_cast<void*>(address), store.value.word, 4 * store.words);
-    found->second.pop_front();
-    if (found->second.empty()) pending_.erase(found);
-    wake(address);
+// The block sees the next of the stores to the address: those to one address keep their order.
+void Machine::show(const Sight& sight) {
+    const auto found = pending_.find(sight.address);
+    PendingStores& pending = found->second;
+    ++pending.seen[sight.block];
+    if (*std::min_element(pending.seen.begin(), pending.seen.end()) > 0) {
+        const PendingStore& store = pending.stores.front();
+        memcpy(reinterpret_cast<void*>(sight.address), store.value.word, 4 * store.words);
+        for (uint32_t& seen : pending.seen) --seen;
+        pending.stores.pop_front();
+        // Others may have waited for all of a packet that was stored in parts.
+        for (uint32_t block = 0; block < options_.blocks; ++block)
+            wake(line_of(reinterpret_cast<void*>(sight.address), block));
+        if (pending.stores.empty()) pending_.erase(found);
+    }
+    wake(line_of(reinterpret_cast<void*>(sight.address), sight.block));
 }
 
-void Machine::wake(uintptr_t address) {
-    const auto found = pollers_.find(address);
+void Machine::wake(uint64_t line) {
+    const auto found = pollers_.find(line);
     if (found == pollers_.end()) return;
     for (Lane* lane : found->second) make_ready(*lane);
     pollers_.erase(found);

@@ -37,19 +37,22 @@ struct Options {
     uint64_t seed;            // 0: lanes in turn, stores visible at once, copies as late as allowed
     const void* lost_packet;  // stores to this address never become visible
     uint32_t blocks;
-    bool give_up;  // when nothing can go on, time passes until waits give up; else that is an error
+    bool give_up;         // when nothing can go on, time passes until waits give up; else that is an error
+    const uint8_t* kept;  // stores to the kept_bytes bytes from here on go to `sent` instead; null: none
+    size_t kept_bytes;
+    uint8_t* sent;
 };
 
 struct Words {  // a value of 4 or 16 bytes
     uint32_t word[4];
 };
 
-// What a seed decides.
+// What a seed decides. Any 81 seeds in a row go through all combinations of order, victim, stores and copies.
 struct Policy {
     enum Order { IN_TURN, NEWEST_FIRST, ANY_ORDER } order = IN_TURN;
     int starved_block = -1, starved_warp = -1;  // runs only when no other lane can
     uint32_t yield = 0;                         // of 256 chances to let others run where a lane need not wait
-    uint32_t store_delay = 0;                   // a pending store becomes visible in one of that many steps
+    uint32_t store_delay = 0;                   // one step of so many shows a pending store to some block
     bool stores_last = false;                   // ... only when no lane can run
     uint32_t copies_late = 256;                 // of 256 copies that land at the wait, not at once
 };
@@ -125,6 +128,17 @@ struct PendingStore {
     Lane* lane;
 };
 
+// The stores to one address that not all blocks see yet, oldest first. Memory holds what all blocks see.
+struct PendingStores {
+    std::deque<PendingStore> stores;
+    std::vector<uint32_t> seen;  // by each block: how many of them
+};
+
+struct Sight {  // that a block will see one more of the stores to an address
+    uintptr_t address;
+    uint32_t block;
+};
+
 class Machine {
   public:
     // `shared_bytes` and `threads` belong to a block; `kernel` runs one lane.
@@ -166,8 +180,8 @@ class Machine {
     Lane* choose_lane();
     bool idle();
     void show_some_store();
-    void show(uintptr_t address);
-    void wake(uintptr_t address);
+    void show(const Sight& sight);
+    void wake(uint64_t line);
     std::string who_waits() const;
 
     Options options_{};
@@ -182,9 +196,9 @@ class Machine {
     int idle_rounds_ = 0;                       // since a lane last did anything but poll
     std::vector<std::unique_ptr<Block>> grid_;  // the largest so far; a run uses the first blocks of it
     std::deque<Lane*> ready_[2];                // the second one: starved lanes
-    std::unordered_map<uintptr_t, std::deque<PendingStore>> pending_;
-    std::vector<uintptr_t> pending_order_;  // an entry for each pending store
-    std::unordered_map<uintptr_t, std::vector<Lane*>> pollers_;
+    std::unordered_map<uintptr_t, PendingStores> pending_;
+    std::vector<Sight> sights_;                                 // that are still to come
+    std::unordered_map<uint64_t, std::vector<Lane*>> pollers_;  // by block and 16 bytes of memory
 };
 
 extern Machine machine;

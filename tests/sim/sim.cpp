@@ -38,16 +38,28 @@ const PassArgs* pass_args;
 
 }  // namespace
 
-// One launch; see sim::Options. Null after a good one, else a line that says what went wrong.
+// One launch; see sim::Options. If `sent` is not null, the first sent_packets packets of the exchange keep
+// what they hold, and what the kernel stores there goes to `sent`. Null after a good launch, else a line that
+// says what went wrong.
 extern "C" const char* sim_run(const PassArgs* args, uint64_t seed, const void* lost_packet, uint32_t blocks,
-                               bool give_up) {
+                               bool give_up, uint8_t* sent, uint64_t sent_packets) {
     const FlushToZero flush;
     const sim::FaultGuard guard;
     pass_args = args;
-    sim::machine.run({seed, lost_packet, blocks, give_up}, SHARED_BYTES, THREADS,
-                     [] { ffmini_pass(*pass_args); });
+    const auto* kept = sent == nullptr ? nullptr : reinterpret_cast<const uint8_t*>(args->exchange);
+    sim::machine.run({seed, lost_packet, blocks, give_up, kept, sent_packets * sizeof(uint4), sent},
+                     SHARED_BYTES, THREADS, [] { ffmini_pass(*pass_args); });
     return sim::machine.error().empty() ? nullptr : sim::machine.error().c_str();
 }
+
+#if defined(SIM_COVERAGE)
+extern "C" void __gcov_dump();
+
+// Writes how often each line has run so far beside the library.
+extern "C" void sim_write_coverage() {
+    __gcov_dump();
+}
+#endif
 
 // Gives the grid's memory back; the next launch takes it again.
 extern "C" void sim_close() {
