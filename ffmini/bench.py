@@ -297,7 +297,7 @@ def time_prompt(decoder: Decoder, tokens: np.ndarray, depth: int) -> float:
 def time_generation(decoder: Decoder, tokens: np.ndarray, depth: int) -> float:
     """Seconds for one pass per token from position `depth` on, without sampling.
 
-    A GPU's passes are queued and waited for once. They leave no trace of an error but the last one's status.
+    A GPU's passes are queued and waited for once.
     """
     began = perf_counter()
     if isinstance(decoder, CPUDecoder):

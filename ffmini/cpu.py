@@ -22,6 +22,7 @@ from .layout import MatrixLayout, ceil_div
 from .memory import available_memory
 from .numerics import from_bf16, round_bf16
 from .packing import LAYER_MATRICES, PackedLayer, PackedModel, unpack_matrix, vector_offsets
+from .passes import check_pass
 from .rope import rope_tables
 
 ROW_BLOCK = 16  # rows of every matrix product; see `multiply`
@@ -159,7 +160,9 @@ class CPUDecoder:
         float64 in that precision. GenerationError if a logit, a key or a value is not finite.
         """
         tokens = np.asarray(tokens)
-        self._check_pass(tokens, start, logits)
+        if self._layers is None:
+            raise ValueError("the decoder is closed")
+        check_pass(tokens, start, logits, self.max_seq_len, self.config.vocab_size)
         outputs = [np.empty((0, self.config.vocab_size), self._dtype)]
         for at in range(0, len(tokens), MAX_ROWS):
             rows = tokens[at : at + MAX_ROWS]
@@ -179,20 +182,6 @@ class CPUDecoder:
         if not np.isfinite(result).all():
             raise GenerationError("non-finite logits: finite numbers expected from every pass")
         return result
-
-    def _check_pass(self, tokens: np.ndarray, start: int, logits: str) -> None:
-        """Raise ValueError for arguments that `forward` can't take."""
-        if self._layers is None:
-            raise ValueError("the decoder is closed")
-        if logits not in ("last", "all", "none"):
-            raise ValueError(f'logits must be "last", "all" or "none", not {logits!r}')
-        if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"expected token ids [R], R > 0, found {tokens.dtype} {list(tokens.shape)}")
-        end = start + len(tokens)
-        if start < 0 or end > self.max_seq_len:
-            raise ValueError(f"positions {start} to {end - 1} asked for, 0 to {self.max_seq_len - 1} exist")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), found {tokens}")
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """Token ids [R] -> the residual stream x [R, hidden_size]."""

@@ -5,7 +5,9 @@ CuPy is imported on first use, so this module can be imported anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -25,6 +27,7 @@ from .kernel import (
 )
 from .memory import available_memory
 from .packing import PackedModel, vectors_length
+from .passes import check_pass
 from .rope import rope_tables
 
 STAGE_NAMES = ("norm_qkv", "o_proj", "norm_gate_up", "down_proj", "norm_lm_head", "-", "attention", "merge")
@@ -147,7 +150,7 @@ class GPUDecoder:
         self.device = f"cuda:{ordinal}"
         self._ordinal = ordinal
         self._pool = cupy.cuda.MemoryPool()
-        self._pass = 0
+        self._pass = self._checked = 0  # the last pass launched, and the last whose status was read
         self._closed = False
         properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
         multiprocessors = properties["multiProcessorCount"]
@@ -244,12 +247,10 @@ class GPUDecoder:
         `logits`: "last" gives float32 [1, vocab_size], "all" [R, vocab_size], "none" [0, vocab_size].
         GenerationError if a logit is not finite or a wait on the device gave up.
         """
-        tokens = np.asarray(tokens, dtype=np.int32)
-        end = start + len(tokens)
-        if len(tokens) == 0 or start < 0 or end > self.max_seq_len:
-            raise ValueError(f"positions {start} to {end - 1} asked for, 0 to {self.max_seq_len - 1} exist")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), found {tokens}")
+        tokens = np.asarray(tokens)
+        if self._closed:
+            raise ValueError("the decoder is closed")
+        check_pass(tokens, start, logits, self.max_seq_len, self.config.vocab_size)
         pieces = [np.zeros((0, self.config.vocab_size), dtype=np.float32)]
         at = 0
         while at < len(tokens):
@@ -272,36 +273,53 @@ class GPUDecoder:
         args["logits_rows"] = wanted
         args["rows"]["token"][: len(tokens)] = tokens
         args["rows"]["position"][: len(tokens)] = np.arange(start, start + len(tokens))
-        with self._cupy.cuda.Device(self._ordinal):
+        with self._on_device():
             build.kernel((build.blocks,), (build.threads,), (args,), shared_mem=build.shared_bytes)
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Makes this decoder's GPU the current one; what CUDA complains about becomes a DeviceError."""
+        cuda = self._cupy.cuda
+        try:
+            with cuda.Device(self._ordinal):
+                yield
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+            raise DeviceError(f"{self.device}: a pass failed ({error}); load the model again") from error
 
     def _next_pass(self) -> int:
         """A number whose tags no packet carries; before they run out every packet is wiped."""
         last = (2**32 - 1 - self.config.num_layers) // (self.config.num_layers + 1)
         if self._pass == last:
-            for build in self._builds.values():
-                build.exchange.fill(0)
-            self._status.fill(0)
-            self._pass = 0
+            self._check_status()
+            with self._on_device():
+                for build in self._builds.values():
+                    build.exchange.fill(0)
+                self._status.fill(0)
+            self._pass = self._checked = 0
         self._pass += 1
         return self._pass
 
     def finish(self, wanted: int = 0) -> np.ndarray:
-        """Wait for the queued passes, check the last one's status and fetch its wanted rows of logits."""
-        with self._cupy.cuda.Device(self._ordinal):
-            status = self._status.get().view(STATUS)[0]
+        """Wait for the queued passes, check how they went and fetch the last one's wanted rows of logits."""
+        self._check_status()
+        with self._on_device():
             rows = [row for row in range(wanted.bit_length()) if wanted >> row & 1]
-            logits = self._logits[rows[0] : rows[-1] + 1].get() if rows else self._logits[:0].get()
-        if status["gave_up"] == self._pass:
+            return self._logits[rows[0] : rows[-1] + 1].get() if rows else self._logits[:0].get()
+
+    def _check_status(self) -> None:
+        """Wait for the queued passes; GenerationError if one since the last check went wrong."""
+        with self._on_device():
+            status = self._status.get().view(STATUS)[0]
+        first, self._checked = self._checked, self._pass
+        if first < status["gave_up"] <= self._pass:
             layer, stage = divmod(int(status["stage"]), 8)
             seconds = self._args["spin_limit_ns"] / 1e9
             raise GenerationError(
                 f"a wait on the device gave up after {seconds:g} s: layer {layer}, "
                 f"{STAGE_NAMES[stage]}, block {status['block']}"
             )
-        if status["non_finite"] == self._pass:
+        if first < status["non_finite"] <= self._pass:
             raise GenerationError("non-finite logits: finite numbers expected from every pass")
-        return logits
 
     def close(self) -> None:
         """Free all device memory of this decoder; a second call does nothing."""

@@ -191,6 +191,7 @@ def test_a_hopeless_wait_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     args["pass"], args["num_rows"], args["logits_rows"] = decoder._next_pass(), 2, 0
     build = decoder._builds[8]
     build.kernel((build.blocks,), (build.threads,), (args,), shared_mem=build.shared_bytes)
+    decoder.launch(8, prompt, 0, 0)  # a good pass behind it hides nothing
     with pytest.raises(GenerationError, match=r"gave up after 0\.2 s: layer 0"):
         decoder.finish(0)
     assert np.array_equal(decoder.forward(prompt, 0), expected)
@@ -201,6 +202,18 @@ def test_a_grid_that_cannot_be_resident_is_refused(tmp_path: Path) -> None:
     packed = pack(tmp_path, "llama2", "bf16")
     with pytest.raises(DeviceError, match=r"100000 blocks .* must be resident together, found room for"):
         gpu.GPUDecoder(packed, 64, blocks=100_000, progress=False)
+
+
+def test_an_error_of_cuda_is_one_line(tmp_path: Path) -> None:
+    packed = pack(tmp_path, "llama2", "bf16")
+    decoder = gpu.GPUDecoder(packed, 64, rows=(1,), progress=False)
+    expected, build = decoder.forward(np.array([1]), 0), decoder._builds[1]
+    shared_bytes, build.shared_bytes = build.shared_bytes, 1 << 30
+    with pytest.raises(DeviceError, match=r"cuda:\d+: a pass failed \(.*\)"):
+        decoder.forward(np.array([1]), 0)
+    build.shared_bytes = shared_bytes
+    assert np.array_equal(decoder.forward(np.array([1]), 0), expected)
+    decoder.close()
 
 
 def test_non_finite_logits_raise(tmp_path: Path) -> None:

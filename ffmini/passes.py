@@ -1,0 +1,21 @@
+"""What every decoder's forward() demands of its arguments."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def check_pass(tokens: np.ndarray, start: int, logits: str, max_seq_len: int, vocab_size: int) -> None:
+    """Raise ValueError unless `tokens` [R], R > 0, are ids that fit at positions start .. start + R - 1.
+
+    `logits` must be "last", "all" or "none".
+    """
+    if logits not in ("last", "all", "none"):
+        raise ValueError(f'logits must be "last", "all" or "none", not {logits!r}')
+    if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"expected token ids [R], R > 0, found {tokens.dtype} {list(tokens.shape)}")
+    end = start + len(tokens)
+    if start < 0 or end > max_seq_len:
+        raise ValueError(f"positions {start} to {end - 1} asked for, 0 to {max_seq_len - 1} exist")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"token ids must be in [0, {vocab_size}), found {tokens}")
