@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from tiny import tiny_config, tiny_prompt, write_checkpoint
+from tiny import FAMILIES, tiny_config, tiny_prompt, write_checkpoint
 
 from ffmini.convert import pack_checkpoint
 from ffmini.numerics import to_bf16
@@ -29,6 +30,115 @@ class Case:
     blocks: int = 3
     start: int = DEEP
     changes: dict[str, Any] = field(default_factory=dict)
+
+
+# The awkward sizes of tests/test_gpu.py at tiny scale, in two factors that go together freely.
+HEADS: dict[str, dict[str, Any]] = {
+    "own": {},  # the family's: in COVER head_dim 32 and 48
+    "head_dim_8": {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "head_dim_16_gqa16": {"head_dim": 16, "num_attention_heads": 16, "num_key_value_heads": 1},
+    "head_dim_64_gqa7": {"head_dim": 64, "num_attention_heads": 7, "num_key_value_heads": 1},
+    "head_dim_80": {"head_dim": 80, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "head_dim_96_gqa12": {"head_dim": 96, "num_attention_heads": 12, "num_key_value_heads": 1},
+    "head_dim_128": {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "head_dim_256": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
+}
+WIDTHS: dict[str, dict[str, Any]] = {
+    "own": {},
+    "vocab": {
+        "vocab_size": 515,
+        "hidden_size": 200,
+        "tie_word_embeddings": True,
+    },  # 3 left over, as 32003 has
+    # More segments and tiles than one round of additions takes in a small grid.
+    "wide": {"hidden_size": 528, "intermediate_size": 1100},
+}
+
+
+class Cover(NamedTuple):
+    """One build of the pairwise cover and its two runs, each (rows of a pass, blocks of the grid).
+
+    The first run is a prompt, in passes of as many rows as the build takes; the second one pass from DEEP on.
+    """
+
+    family: str
+    dtype: str
+    group: int | None
+    heads: str
+    widths: str
+    prompt: tuple[int, int]
+    deep: tuple[int, int]
+
+    def case(self) -> Case:
+        changes = WIDTHS[self.widths] | HEADS[self.heads]
+        rows, blocks = self.prompt
+        return Case(self.family, self.dtype, self.group or 128, rows=rows, blocks=blocks, changes=changes)
+
+
+# fmt: off
+COVER = [
+    Cover("llama2", "bf16", None, "head_dim_64_gqa7", "vocab", (4, 3), (1, 1)),
+    Cover("llama3.1", "bf16", None, "head_dim_80", "wide", (4, 2), (4, 3)),
+    Cover("llama_biases", "bf16", None, "head_dim_8", "own", (8, 7), (2, 3)),
+    Cover("llama_head_dim", "bf16", None, "head_dim_128", "own", (4, 7), (2, 2)),
+    Cover("smollm2", "bf16", None, "head_dim_16_gqa16", "vocab", (1, 2), (1, 3)),
+    Cover("mistral", "bf16", None, "head_dim_96_gqa12", "vocab", (8, 3), (4, 3)),
+    Cover("qwen2", "bf16", None, "head_dim_256", "vocab", (2, 7), (2, 2)),
+    Cover("qwen3", "bf16", None, "own", "wide", (4, 7), (1, 1)),
+    Cover("llama2", "int8", 128, "head_dim_80", "own", (8, 1), (2, 7)),
+    Cover("llama3.1", "int8", 32, "head_dim_128", "vocab", (8, 3), (1, 7)),
+    Cover("llama_biases", "int8", 32, "head_dim_16_gqa16", "wide", (4, 1), (1, 7)),
+    Cover("llama_head_dim", "int8", 128, "own", "vocab", (4, 3), (1, 2)),
+    Cover("smollm2", "int8", 64, "head_dim_8", "wide", (8, 1), (4, 7)),
+    Cover("mistral", "int8", 64, "head_dim_256", "own", (1, 7), (1, 2)),
+    Cover("qwen2", "int8", 32, "head_dim_96_gqa12", "own", (2, 1), (1, 2)),
+    Cover("qwen3", "int8", 64, "head_dim_64_gqa7", "own", (8, 2), (2, 3)),
+    Cover("llama2", "int4", 32, "head_dim_96_gqa12", "wide", (1, 7), (1, 2)),
+    Cover("llama3.1", "int4", 64, "head_dim_16_gqa16", "own", (8, 3), (2, 1)),
+    Cover("llama_biases", "int4", 64, "head_dim_80", "vocab", (4, 2), (1, 7)),
+    Cover("llama_head_dim", "int4", 128, "head_dim_256", "wide", (8, 1), (4, 3)),
+    Cover("smollm2", "int4", 32, "own", "own", (8, 3), (2, 7)),
+    Cover("mistral", "int4", 128, "head_dim_64_gqa7", "wide", (2, 7), (2, 1)),
+    Cover("qwen2", "int4", 32, "head_dim_128", "wide", (8, 1), (4, 3)),
+    Cover("qwen3", "int4", 128, "head_dim_8", "vocab", (4, 2), (1, 1)),
+]
+# fmt: on
+
+# They differ from llama2 in the rope tables alone and need no build of their own: see test_ropes.
+ROPES = ("llama_linear", "llama_dynamic", "llama_yarn", "llama_yarn_mscale")
+
+# What the cover must hold, by factor; a run's rows are those of its passes, as a build takes fewer rows too.
+FACTORS: dict[str, list[Any]] = {
+    "family": [family for family in FAMILIES if family not in ROPES],
+    "dtype": ["bf16", "int8", "int4"],
+    "group": [None, 32, 64, 128],
+    "heads": list(HEADS),
+    "widths": list(WIDTHS),
+    "rows": [1, 2, 4, 8],
+    "blocks": [1, 2, 3, 7],
+}
+# Pairs of factors left out: 64 pairs of family and heads do not fit into 24 builds, nor 24 of either and a
+# group into the 16 quantised ones. Awkward heads replace a family's own in any case.
+UNPAIRED = [{"family", "heads"}, {"family", "group"}, {"heads", "group"}]
+Pair = tuple[tuple[str, Any], tuple[str, Any]]
+
+
+def wanted_pairs() -> set[Pair]:
+    """All pairs of values of FACTORS; bf16 has no groups, and the other formats have nothing else."""
+    return {
+        ((a, x), (b, y))
+        for (a, xs), (b, ys) in itertools.combinations(FACTORS.items(), 2)
+        if {a, b} not in UNPAIRED
+        for x, y in itertools.product(xs, ys)
+        if (a, b) != ("dtype", "group") or (x == "bf16") == (y is None)
+    }
+
+
+def covered_pairs(cover: list[Cover]) -> set[Pair]:
+    """All pairs of values that meet in a run of `cover`."""
+    runs = [(*build[:-2], *run) for build in cover for run in (build.prompt, build.deep)]
+    values = [zip(FACTORS, run, strict=True) for run in runs]
+    return {pair for of_run in values for pair in itertools.combinations(of_run, 2)}
 
 
 # Run on a GPU by tools/sim_golden.py, one pass of `rows` tokens from position `start` on; tests/goldens/

@@ -61,6 +61,7 @@ inline int __syncthreads_or(int value, SIM_SITE) {
 }
 
 inline void __syncwarp(uint32_t mask = sim::ALL_LANES, SIM_SITE) {
+    sim::machine.release_copies();
     sim::machine.meet(mask, {"__syncwarp", file, line}, [](sim::Warp&) {});
 }
 

@@ -41,6 +41,15 @@ SANITIZERS = (
 COVERAGE = ("-O0", "--coverage", "-DSIM_COVERAGE")
 SHARED_LIMIT = 99 * 1024  # of the smallest GPUs: rings are short and wrap often
 
+EVENTS = (  # enum Event of machine.hpp
+    "one block starved until all others spin",
+    "one warp always last",
+    "async copies as late as allowed",
+    "async copies at once",
+    "stores late",
+    "stores in any order",
+)
+
 
 class SimError(Exception):
     """The simulated device stopped a run: a deadlock, or lanes that disagree; one line says who and where."""
@@ -172,9 +181,8 @@ class SimDecoder:
         self.rows, self.blocks, self.seed = rows, blocks, seed
         self.lost_packet: int | None = None
         self.give_up = False
-        self._pass = 0
         self._sent: np.ndarray | None = None
-        defines = kernel_defines(
+        self.defines = kernel_defines(
             packed.config,
             packed.layouts,
             rows=rows,
@@ -183,7 +191,7 @@ class SimDecoder:
             blocks=1,  # room for every tile in one block is room for any grid
             test_pauses=test_pauses,
         )
-        self._path = build(defines, cuda, coverage)
+        self._path = build(self.defines, cuda, coverage)
         self._library = ctypes.CDLL(str(self._path))
         weakref.finalize(self, self._library.sim_close)
         self._library.sim_run.restype = ctypes.c_char_p
@@ -196,6 +204,7 @@ class SimDecoder:
             ctypes.c_void_p,
             ctypes.c_uint64,
         ]
+        self._library.sim_events.restype = ctypes.POINTER(ctypes.c_uint64)
         info = (ctypes.c_char * BUILD_INFO.itemsize).in_dll(self._library, "ffmini_build_info")
         self.build_info = np.frombuffer(info, dtype=BUILD_INFO)[0]
         assert self.build_info["args_bytes"] == PASS_ARGS.itemsize
@@ -212,10 +221,9 @@ class SimDecoder:
         self.key_cache = guarded_array(shape, np.uint16)
         self.value_cache = guarded_array(shape, np.uint16)
         self.exchange = guarded_array((int(self.build_info["exchange_packets"]),), PACKET)
-        self.exchange.view(np.uint8)[...] = 0
         self._logits = guarded_array((self.rows, config.vocab_size), np.float32)
         self._status = guarded_array((1,), STATUS)
-        self._status.view(np.uint8)[...] = 0
+        self.reset()
         cos, sin = rope_tables(config, self.max_seq_len)
         arrays = {
             "layers": self._layers,
@@ -239,6 +247,16 @@ class SimDecoder:
             self._args[name] = array.ctypes.data
         self._args["num_slots"] = 1
         self._args["spin_limit_ns"] = 10**9
+
+    def reset(self) -> None:
+        """As if no pass had been made: no packets, and pass numbers from the start."""
+        self.exchange.view(np.uint8)[...] = 0
+        self._status.view(np.uint8)[...] = 0
+        self._pass = 0
+
+    def set_word(self, name: str, value: int) -> None:
+        """Set the library's own variable `name`, an int."""
+        ctypes.c_int.in_dll(self._library, name).value = value
 
     def forward(self, tokens: np.ndarray, start: int, logits: str = "last") -> np.ndarray:
         """Run tokens [R] at positions start .. start + R - 1 in passes of up to `rows` rows.
@@ -332,6 +350,10 @@ class SimDecoder:
             return match[0]
 
         return re.sub(r"0x[0-9a-f]+", name, text)
+
+    def events(self) -> dict[str, int]:
+        """How often the last pass's schedule did each of EVENTS."""
+        return dict(zip(EVENTS, self._library.sim_events()[: len(EVENTS)], strict=True))
 
     def close(self) -> None:
         """Free the grid's memory; the next pass takes it again."""

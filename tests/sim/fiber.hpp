@@ -33,7 +33,12 @@ class GuardedMemory {
         data = base_ + page_ + inner_ - bytes;
     }
     GuardedMemory(const GuardedMemory&) = delete;
-    ~GuardedMemory() { munmap(base_, inner_ + 2 * page_); }
+    ~GuardedMemory() {
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(base_, inner_ + 2 * page_);  // of frames that never returned
+#endif
+        munmap(base_, inner_ + 2 * page_);
+    }
 
     uint8_t* data;
 

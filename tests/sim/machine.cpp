@@ -38,6 +38,9 @@ void Machine::run(const Options& options, size_t shared_bytes, int threads, void
     pending_.clear();
     sights_.clear();
     pollers_.clear();
+    stores_ = 0;
+    youngest_seen_.assign(options.blocks, 0);
+    std::fill_n(events_, NUM_EVENTS, 0);
     choose_policy(threads / WARP_LANES);
     while (grid_.size() < options.blocks) add_block(shared_bytes, threads);
     for (uint32_t i = 0; i < options.blocks; ++i) start(*grid_[i], shared_bytes);
@@ -89,9 +92,10 @@ void Machine::start(Block& block, size_t shared_bytes) {
     for (Lane& lane : block.lanes) {
         lane.starved =
             block.index == policy_.starved_block || lane.thread / WARP_LANES == policy_.starved_warp;
-        lane.polled = nullptr;
+        lane.polled = 0;
         lane.polls = 0;
         lane.copies.assign(1, {});
+        lane.landed.clear();
         lane.fiber.prepare(lane_main, lane.thread + block.index);
         make_ready(lane);
     }
@@ -126,6 +130,7 @@ Lane* Machine::choose_lane() {
     const bool in_turn = policy_.order == Policy::IN_TURN;
     Lane* lane = in_turn ? list.front() : list.back();
     in_turn ? list.pop_front() : list.pop_back();
+    if (lane->starved) ++events_[policy_.starved_block >= 0 ? STARVED_BLOCK_RAN : STARVED_WARP_RAN];
     return lane;
 }
 
@@ -139,6 +144,7 @@ void Machine::enter(Lane& lane, Fiber& from) {
 // The running lane stops here until it is made ready and chosen.
 void Machine::leave(int state) {
     Lane& lane = *current_;
+    for (const Copy& copy : lane.landed) memset(copy.to, 0xff, 16);  // others do not see them yet
     lane.state = static_cast<decltype(lane.state)>(state);
     Lane* next = lanes_left_ > 0 && error_.empty() ? choose_lane() : nullptr;
     if (next == &lane) {
@@ -148,6 +154,7 @@ void Machine::leave(int state) {
     } else {
         scheduler_.resume(lane.fiber);
     }
+    for (const Copy& copy : lane.landed) memcpy(copy.to, copy.from, 16);
 }
 
 void Machine::yield(bool always) {
@@ -176,6 +183,7 @@ void Machine::fail(const Site& site, const char* format, ...) {
 // Nothing can run: shows a store, or lets all polls be made once more, or ends the run. False at the end.
 bool Machine::idle() {
     if (!sights_.empty()) {
+        events_[STORE_HELD] += policy_.stores_last;
         show_some_store();
         return true;
     }
@@ -202,7 +210,9 @@ std::string Machine::who_waits() const {
         for (const auto& [what, group] : groups) {
             const auto& [count, first] = group;
             char target[64] = "";
-            if (first->state == Lane::POLLS) snprintf(target, sizeof target, " for %p", first->polled);
+            if (first->state == Lane::POLLS) {
+                snprintf(target, sizeof target, " for %p", reinterpret_cast<const void*>(first->polled));
+            }
             if (first->state == Lane::WAITS && first->mask != 0) {
                 snprintf(target, sizeof target, " for lanes %08x", first->mask);
             }
@@ -219,6 +229,7 @@ bool Machine::barrier(bool value, const Site& site) {
     Lane& lane = *current_;
     Block& block = *lane.block;
     idle_rounds_ = 0;
+    release_copies();
     if (block.arrived > 0 && !(block.site == site)) {
         fail(site, "%d threads of the block are in %s of line %d", block.arrived, block.site.op,
              block.site.line);
@@ -265,7 +276,10 @@ Words Machine::load(const void* p, uint32_t words, const Site& site) {
     yield(false);
     Lane& lane = *current_;
     Words value = read(p, words);
-    const bool same = lane.polled == p && memcmp(&lane.polled_value, &value, sizeof value) == 0;
+    const uintptr_t address = reinterpret_cast<uintptr_t>(p), packet = address / 16 * 16;
+    if (lane.polled != packet) lane.polled_value = {};
+    uint32_t* known = lane.polled_value.word + address % 16 / 4;  // a packet may be read in parts
+    const bool same = lane.polled == packet && memcmp(known, value.word, 4 * words) == 0;
     lane.polls = same ? lane.polls + 1 : 0;
     if (lane.polls >= 2) {  // it polls: let it rest until a store to this address is visible
         lane.polls = 0;
@@ -275,8 +289,8 @@ Words Machine::load(const void* p, uint32_t words, const Site& site) {
         leave(Lane::POLLS);
         value = read(p, words);
     }
-    lane.polled = p;
-    lane.polled_value = value;
+    lane.polled = packet;
+    memcpy(known, value.word, 4 * words);
     return value;
 }
 
@@ -292,11 +306,12 @@ void Machine::store(void* p, const Words& value, uint32_t words) {
     PendingStores& pending = pending_[address];
     pending.stores.push_back({value, words, current_});
     pending.seen.resize(options_.blocks);
+    ++stores_;
     for (uint32_t block = 0; block < options_.blocks; ++block) {
         if (policy_.store_delay == 0) {
-            show({address, block});
+            show({address, block, stores_});
         } else {
-            sights_.push_back({address, block});
+            sights_.push_back({address, block, stores_});
         }
     }
 }
@@ -314,6 +329,9 @@ void Machine::show(const Sight& sight) {
     const auto found = pending_.find(sight.address);
     PendingStores& pending = found->second;
     ++pending.seen[sight.block];
+    uint64_t& youngest = youngest_seen_[sight.block];
+    if (sight.age < youngest) ++events_[STORE_OVERTAKEN];
+    youngest = std::max(youngest, sight.age);
     if (*std::min_element(pending.seen.begin(), pending.seen.end()) > 0) {
         const PendingStore& store = pending.stores.front();
         memcpy(reinterpret_cast<void*>(sight.address), store.value.word, 4 * store.words);
@@ -342,13 +360,18 @@ void Machine::copy_async(uint8_t* to, const uint8_t* from) {
         current_->copies.back().push_back({to, from});
     } else {
         memcpy(to, from, 16);
+        ++events_[COPY_LANDED_AT_ONCE];
     }
 }
 
 void Machine::copy_wait(size_t pending) {
     auto& groups = current_->copies;
     while (groups.size() > pending + 1) {
-        for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, 16);
+        for (const Copy& copy : groups.front()) {
+            memcpy(copy.to, copy.from, 16);
+            current_->landed.push_back(copy);
+        }
+        events_[COPY_LANDED_LATE] += groups.front().size();
         groups.pop_front();
     }
     yield(false);

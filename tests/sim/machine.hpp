@@ -57,6 +57,17 @@ struct Policy {
     uint32_t copies_late = 256;                 // of 256 copies that land at the wait, not at once
 };
 
+// What the policies did in a run, for tests of them; driver.py names them in this order.
+enum Event {
+    STARVED_BLOCK_RAN,  // a lane of the starved block, as nobody else could
+    STARVED_WARP_RAN,   // the same of the starved warp
+    COPY_LANDED_LATE,   // at the wait that covers it
+    COPY_LANDED_AT_ONCE,
+    STORE_HELD,       // shown to a block only when no lane could run
+    STORE_OVERTAKEN,  // shown to a block after a younger one to another address
+    NUM_EVENTS
+};
+
 class Random {  // xorshift64*
   public:
     explicit Random(uint64_t seed) : state_((seed + 1) * 0x9e3779b97f4a7c15ull) {}
@@ -91,10 +102,11 @@ struct Lane {
     uint32_t mask;         // of the warp's lanes that it waits for; 0: at a barrier or polling
     uint32_t operand[10];  // what it brings to a meeting of its warp,
     uint32_t result[4];    // and what it takes away
-    const void* polled;    // the address of its last relaxed load and what it found there
+    uintptr_t polled;      // the 16 bytes of its last relaxed load, and what it found there so far
     Words polled_value;
-    int polls;                             // how often in a row it found the same
+    int polls;                             // how often in a row it found nothing new there
     std::deque<std::vector<Copy>> copies;  // closed groups, oldest first; the last one is still open
+    std::vector<Copy> landed;              // that no other lane may rely on yet
 };
 
 // Lanes of a warp that wait for each other.
@@ -137,6 +149,7 @@ struct PendingStores {
 struct Sight {  // that a block will see one more of the stores to an address
     uintptr_t address;
     uint32_t block;
+    uint64_t age;  // counts the stores of the run
 };
 
 class Machine {
@@ -147,6 +160,8 @@ class Machine {
     void close() { grid_.clear(); }
     // Empty after a good run.
     const std::string& error() const { return error_; }
+    // Of the last run, [NUM_EVENTS].
+    const uint64_t* events() const { return events_; }
 
     // ---- what the primitives are made of; each is called by the running lane ----
 
@@ -167,6 +182,8 @@ class Machine {
     void copy_async(uint8_t* to, const uint8_t* from);
     void copy_commit() { current_->copies.emplace_back(); }
     void copy_wait(size_t pending);
+    // Other lanes may rely on the lane's landed copies once they meet it here.
+    void release_copies() { current_->landed.clear(); }
 
   private:
     static void lane_main();
@@ -197,7 +214,10 @@ class Machine {
     std::vector<std::unique_ptr<Block>> grid_;  // the largest so far; a run uses the first blocks of it
     std::deque<Lane*> ready_[2];                // the second one: starved lanes
     std::unordered_map<uintptr_t, PendingStores> pending_;
-    std::vector<Sight> sights_;                                 // that are still to come
+    std::vector<Sight> sights_;            // that are still to come
+    uint64_t stores_ = 0;                  // of the run so far
+    std::vector<uint64_t> youngest_seen_;  // store, by block
+    uint64_t events_[NUM_EVENTS] = {};
     std::unordered_map<uint64_t, std::vector<Lane*>> pollers_;  // by block and 16 bytes of memory
 };
 

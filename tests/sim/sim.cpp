@@ -52,6 +52,11 @@ extern "C" const char* sim_run(const PassArgs* args, uint64_t seed, const void* 
     return sim::machine.error().empty() ? nullptr : sim::machine.error().c_str();
 }
 
+// What the policies did in the last launch; see sim::Event.
+extern "C" const uint64_t* sim_events() {
+    return sim::machine.events();
+}
+
 #if defined(SIM_COVERAGE)
 extern "C" void __gcov_dump();
 
