@@ -1,62 +1,60 @@
-// Attention of one pass: items of (row, up to 8 query heads of one KV head, block of 256 positions), spread
-// over the grid. A row sees the cache as earlier passes left it, and the pass's own rows from their packets,
-// rounded as the cache holds them.
+// Attention of one pass, item by item (items.cuh). A row sees the cache as earlier passes left it, which
+// comes through the stream, and the pass's own rows from their packets, rounded as the cache holds them. Each
+// warp takes 16 positions: scores = q . k by mma with heads as rows, then out = v . p with dimensions as
+// rows.
 #pragma once
 
 #include "exchange.cuh"
 
 #define MASKED __int_as_float(0xff800000)  // minus infinity
 
-constexpr int ONLY_SPLIT = -1;
+// ---- an item's vectors ----
 
-// What a row of the pass attends to.
-struct Span {
-    int first_row;    // of the pass's rows in this slot
-    int fresh_from;   // its position: from here on K and V are in this pass's packets
-    int first, last;  // visible positions, both included
-
-    __device__ Span(const PassArgs& args, int row, int window) {
-        first_row = row;
-        while (first_row > 0 && args.rows[first_row - 1].slot == args.rows[row].slot) --first_row;
-        fresh_from = args.rows[first_row].position;
-        last = args.rows[row].position;
-        first = window > 0 ? max_of(0, last - window + 1) : 0;
-    }
-    __device__ int first_split() const { return first / KV_BLOCK; }
-    __device__ int splits() const { return last / KV_BLOCK - first / KV_BLOCK + 1; }
-};
-
-// Receives elements [first, first + count) of a row's q, k and v into `target`.
-__device__ __forceinline__ bool receive_qkv(const Block& block, const uint4* packets, int first, int count,
-                                            uint32_t tag, int where, float* target) {
-    const int begin = first / TILE_ROWS * FLOAT_PACKETS + first % TILE_ROWS / 3;
-    const int last = first + count - 1;
-    const int end = last / TILE_ROWS * FLOAT_PACKETS + last % TILE_ROWS / 3 + 1;
-    return receive(block, packets, begin + block.thread, end, THREADS, tag, where,
-                   [&](int index, const uint4& packet) {
-                       const int in_tile = index % FLOAT_PACKETS * 3;
-                       const int element = index / FLOAT_PACKETS * TILE_ROWS + in_tile - first;
-                       const uint32_t words[3] = {packet.x, packet.y, packet.z};
-                       for (int i = 0; i < 3; ++i) {
-                           if (in_tile + i < TILE_ROWS && element + i >= 0 && element + i < count) {
-                               target[element + i] = __uint_as_float(words[i]);
-                           }
-                       }
-                   });
+// Receives the queries of the item's heads, and the keys and values of the pass's own rows that it sees.
+__device__ __forceinline__ bool receive_vectors(const Block& block, const Item& item, const uint4* qkv,
+                                                uint32_t tag, int where) {
+    AttentionScratch& s = *block.attention();
+    const int queries = item.heads() * VECTOR_PACKETS;
+    const int key = (NUM_HEADS + item.kv_head()) * VECTOR_PACKETS;
+    const uint4* own = qkv + item.row * QKV_PACKETS + item.first_head * VECTOR_PACKETS;
+    const uint4* fresh = qkv + item.fresh_row * QKV_PACKETS + key;
+    // Behind the queries: of each fresh row its key, then its value.
+    const auto at = [&](int index) {
+        if (index < queries) return own + index;
+        const int vector = (index - queries) / VECTOR_PACKETS, packet = (index - queries) % VECTOR_PACKETS;
+        return fresh + vector / 2 * QKV_PACKETS + vector % 2 * NUM_KV_HEADS * VECTOR_PACKETS + packet;
+    };
+    const auto take = [&](int index, const uint4& packet) {
+        float* target = s.query;
+        if (index >= queries) {
+            index -= queries;
+            const int vector = index / VECTOR_PACKETS;
+            index -= vector * VECTOR_PACKETS;
+            target = (vector % 2 == 0 ? s.key : s.value) + vector / 2 * HEAD_DIM;
+        }
+        target += index / 3 * 8 + index % 3 * 3;
+        target[0] = __uint_as_float(packet.x);
+        target[1] = __uint_as_float(packet.y);
+        if (index % 3 < 2) target[2] = __uint_as_float(packet.z);
+    };
+    constexpr int MOST = (ITEM_HEADS + 2 * ROWS) * VECTOR_PACKETS;
+    const int count = queries + 2 * (item.end - item.fresh) * VECTOR_PACKETS;
+    return receive<MOST>(block, count, tag, where, at, take);
 }
 
-// One warp norms (if the model does), rotates and rounds one head's vector.
+// One warp norms (if the model does), rotates by the angles of the pass's row `row` and rounds one head's
+// vector.
 __device__ __forceinline__ void norm_and_rotate(const Block& block, const float* vector, const float* weight,
-                                                int position, uint16_t* target) {
+                                                int row, uint16_t* target) {
     float scale = 1.0f;
     if (QK_NORM) {
         float squares = 0.0f;
-        for (int d = block.lane; d < HEAD_DIM; d += 32) squares = fmaf(vector[d], vector[d], squares);
+        for (int d = block.lane(); d < HEAD_DIM; d += 32) squares = fmaf(vector[d], vector[d], squares);
         scale = 1.0f / sqrtf(block.warp_sum(squares) / HEAD_DIM + RMS_NORM_EPS);
     }
-    const float* cosines = block.args.rope_cos + static_cast<uint64_t>(position) * (HEAD_DIM / 2);
-    const float* sines = block.args.rope_sin + static_cast<uint64_t>(position) * (HEAD_DIM / 2);
-    for (int d = block.lane; d < HEAD_DIM / 2; d += 32) {
+    const float* cosines = block.shared()->rope_cos + row * (HEAD_DIM / 2);
+    const float* sines = block.shared()->rope_sin + row * (HEAD_DIM / 2);
+    for (int d = block.lane(); d < HEAD_DIM / 2; d += 32) {
         float low = vector[d], high = vector[d + HEAD_DIM / 2];
         if (QK_NORM) {
             low = low * scale * weight[d];
@@ -69,74 +67,41 @@ __device__ __forceinline__ void norm_and_rotate(const Block& block, const float*
     }
 }
 
-// One (row, group of query heads, split) of a layer. Few members: they stay in registers beside the
-// weights' cursor, so what follows from them is computed.
-struct AttentionItem {
-    const PassArgs& args;
-    int layer, row;
-    int first_head;  // of up to ITEM_HEADS query heads of one KV head
-    int begin, end;  // positions of the split that the row sees: begin <= p < end
-    int fresh;       // the first of them whose K and V are in this pass's packets; end if none
-    int fresh_row;   // the row of the pass at position `fresh`
-
-    // `group` counts the groups of heads of all KV heads; `split` is the block of positions.
-    __device__ AttentionItem(const PassArgs& pass_args, int layer_, int row_, int group, int split,
-                             const Span& span)
-        : args(pass_args),
-          layer(layer_),
-          row(row_),
-          first_head(group / HEAD_GROUPS * HEADS_PER_KV + group % HEAD_GROUPS * ITEM_HEADS),
-          begin(max_of(split * KV_BLOCK, span.first)),
-          end(min_of((split + 1) * KV_BLOCK, span.last + 1)),
-          fresh(min_of(end, max_of(begin, span.fresh_from))),
-          fresh_row(span.first_row + fresh - span.fresh_from) {}
-
-    __device__ int kv_head() const { return first_head / HEADS_PER_KV; }
-    __device__ int heads() const { return min_of(ITEM_HEADS, (kv_head() + 1) * HEADS_PER_KV - first_head); }
-    __device__ int origin() const { return begin / KV_BLOCK * KV_BLOCK; }
-    __device__ int position() const { return args.rows[row].position; }
-    __device__ const float* vectors() const {
-        return args.vectors + static_cast<uint64_t>(layer) * VECTORS_SIZE;
-    }
-    // In the cache: the vector [HEAD_DIM] of position `p`.
-    __device__ uint64_t cache_offset(int p) const {
-        const uint64_t slot = static_cast<uint64_t>(layer) * args.num_slots + args.rows[row].slot;
-        return ((slot * NUM_KV_HEADS + kv_head()) * MAX_SEQ_LEN + p) * HEAD_DIM;
-    }
-};
-
 // Fills query_bf16, key_bf16 and value_bf16 of the item, and appends the row's own K and V to the cache.
-__device__ __forceinline__ bool load_item(Block& block, const AttentionItem& item, const uint4* qkv,
+__device__ __forceinline__ bool load_item(Block& block, const Item& item, int layer, const uint4* qkv,
                                           uint32_t tag, int where) {
-    AttentionScratch& s = *block.attention;
-    for (int i = block.thread; i < 8 * QUERY_STRIDE; i += THREADS) s.query_bf16[i] = 0;
-    bool arrived = receive_qkv(block, qkv + item.row * QKV_PACKETS, item.first_head * HEAD_DIM,
-                               item.heads() * HEAD_DIM, tag, where, s.query);
-    for (int i = 0; arrived && i < item.end - item.fresh; ++i) {
-        const uint4* packets = qkv + (item.fresh_row + i) * QKV_PACKETS;
-        const int key = ATTENTION_SIZE + item.kv_head() * HEAD_DIM;
-        arrived = receive_qkv(block, packets, key, HEAD_DIM, tag, where, s.key + i * HEAD_DIM) &&
-                  receive_qkv(block, packets, key + KV_SIZE, HEAD_DIM, tag, where, s.value + i * HEAD_DIM);
+    AttentionScratch& s = *block.attention();
+    const float* vectors = block.args.vectors + static_cast<uint64_t>(layer) * VECTORS_SIZE;
+    float norm = 0.0f;  // asked for before the wait
+    if (QK_NORM && block.thread < 2 * HEAD_DIM) {
+        norm = block.thread < HEAD_DIM ? vectors[Q_NORM_OFFSET + block.thread]
+                                       : vectors[K_NORM_OFFSET + block.thread - HEAD_DIM];
     }
-    if (__syncthreads_or(!arrived)) return false;
-    for (int v = block.warp; v < item.heads() + item.end - item.fresh; v += WARPS) {
+    for (int i = block.thread; i < TILE_HEADS * QUERY_STRIDE / 2; i += THREADS) {
+        reinterpret_cast<uint32_t*>(s.query_bf16)[i] = 0;
+    }
+    const bool arrived = receive_vectors(block, item, qkv, tag, where);
+    if (QK_NORM && block.thread < 2 * HEAD_DIM) s.norm[block.thread] = norm;
+    if (sync_threads_or<THREADS>(!arrived)) return false;
+    mark(block, layer, MARK_ATTENTION_IN);
+    for (int v = block.warp(); v < item.heads() + item.end - item.fresh; v += WARPS) {
         const int i = v - item.heads();
         if (i < 0) {
-            norm_and_rotate(block, s.query + v * HEAD_DIM, item.vectors() + Q_NORM_OFFSET, item.position(),
-                            s.query_bf16 + v * QUERY_STRIDE);
+            norm_and_rotate(block, s.query + v * HEAD_DIM, s.norm, item.row, s.query_bf16 + v * QUERY_STRIDE);
             continue;
         }
-        norm_and_rotate(block, s.key + i * HEAD_DIM, item.vectors() + K_NORM_OFFSET, item.fresh + i,
+        norm_and_rotate(block, s.key + i * HEAD_DIM, s.norm + HEAD_DIM, item.fresh_row + i,
                         s.key_bf16 + i * HEAD_DIM);
-        for (int d = block.lane; d < HEAD_DIM; d += 32) {
+        for (int d = block.lane(); d < HEAD_DIM; d += 32) {
             s.value_bf16[i * HEAD_DIM + d] =
                 static_cast<uint16_t>(pack_bf16x2(s.value[i * HEAD_DIM + d], 0.0f));
         }
     }
-    __syncthreads();
-    if (item.end == item.position() + 1 && item.first_head == item.kv_head() * HEADS_PER_KV) {
-        const uint64_t at = item.cache_offset(item.position());
-        const int own = (item.position() - item.fresh) * HEAD_DIM;
+    sync_threads<THREADS>();
+    const int position = block.args.rows[item.row].position;
+    if (item.end == position + 1 && item.first_head == item.kv_head() * HEADS_PER_KV) {
+        const uint64_t at = item.cache_offset(block.args, layer, position);
+        const int own = (position - item.fresh) * HEAD_DIM;
         for (int d = block.thread; d < HEAD_DIM; d += THREADS) {
             block.args.key_cache[at + d] = s.key_bf16[own + d];
             block.args.value_cache[at + d] = s.value_bf16[own + d];
@@ -145,109 +110,168 @@ __device__ __forceinline__ bool load_item(Block& block, const AttentionItem& ite
     return true;
 }
 
-// Eight elements of K at `position` from dimension d on, zeros where there are none.
-__device__ __forceinline__ uint4 load_key(const Block& block, const AttentionItem& item,
-                                          const uint16_t* cache, int position, int d) {
-    if (position < item.begin || position >= item.end || d >= HEAD_DIM) return make_uint4(0, 0, 0, 0);
-    const uint16_t* key = position >= item.fresh
-                              ? block.attention->key_bf16 + (position - item.fresh) * HEAD_DIM
-                              : cache + (position - item.begin) * HEAD_DIM;
-    return *reinterpret_cast<const uint4*>(key + d);
+// ---- a warp's tile of positions ----
+
+// Where the vector of `position` lies: in a slot that begins with position `first`, or, if the cache did not
+// hold it when it was fetched, among the pass's own rows in `fresh`.
+__device__ __forceinline__ const uint8_t* vector_at(const Item& item, const uint8_t* slot, int first,
+                                                    const uint16_t* fresh, int position) {
+    const bool own = position >= item.fresh && position < item.end;
+    return own ? reinterpret_cast<const uint8_t*>(fresh + (position - item.fresh) * HEAD_DIM)
+               : slot + (position - first) * HEAD_DIM * 2;
 }
 
-// score[position][head] = q . k / sqrt(HEAD_DIM) * log2(e), or MASKED. Warp w has positions 16 w to 16 w
-// + 15.
-__device__ __forceinline__ void score_positions(Block& block, const AttentionItem& item) {
-    const int t = block.lane % 4, g = block.lane / 4;
-    const int local = TILE_ROWS * block.warp + g;
-    const int position = item.origin() + local;
-    const uint16_t* cache = block.args.key_cache + item.cache_offset(item.begin);
-    float dots[4] = {};
-#pragma unroll 1  // more in flight would spill on sm_100 and newer
-    for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
-        const uint4 top = load_key(block, item, cache, position, 32 * j + 8 * t);
-        const uint4 bottom = load_key(block, item, cache, position + 8, 32 * j + 8 * t);
-        const uint32_t a[2][4] = {{top.x, bottom.x, top.y, bottom.y}, {top.z, bottom.z, top.w, bottom.w}};
-        const uint16_t* query = block.attention->query_bf16 + g * QUERY_STRIDE + 32 * j + 8 * t;
-        const uint4 b = *reinterpret_cast<const uint4*>(query);
-        mma_16x8x16(dots, a[0], b.x, b.y);
-        mma_16x8x16(dots, a[1], b.z, b.w);
-    }
-    for (int i = 0; i < 4; ++i) {
-        const int head = 2 * t + i % 2, row = i / 2 * 8;
-        if (head >= item.heads()) continue;
-        const bool visible = position + row >= item.begin && position + row < item.end;
-        block.attention->score[(local + row) * SCORE_STRIDE + head] =
-            visible ? dots[i] * SCORE_SCALE : MASKED;
-    }
-}
+constexpr int TILE_RUNS = KV_TILE / KV_RUN;
 
-// Turns scores into probabilities relative to the block's maximum, rounded to bf16; one warp per head.
-__device__ __forceinline__ void softmax_block(Block& block, int heads) {
-    AttentionScratch& s = *block.attention;
-    for (int head = block.warp; head < heads; head += WARPS) {
-        float scores[KV_BLOCK / 32], top = MASKED;
-        for (int i = 0; i < KV_BLOCK / 32; ++i) {
-            scores[i] = s.score[(32 * i + block.lane) * SCORE_STRIDE + head];
-            top = fmaxf(top, scores[i]);
-        }
-        top = block.warp_max(top);
-        float sum = 0.0f;
-        for (int i = 0; i < KV_BLOCK / 32; ++i) {
-            const uint32_t bits = pack_bf16x2(0.0f, exp2_approx(scores[i] - top)) & 0xffff0000;
-            s.score[(32 * i + block.lane) * SCORE_STRIDE + head] = __uint_as_float(bits);
-            sum += __uint_as_float(bits);
-        }
-        sum = block.warp_sum(sum);
-        if (block.lane == 0) s.max[head] = top, s.sum[head] = sum;
-    }
-}
-
-// out[head][d] = sum over the block's positions of probability * value: VALUE_GROUPS runs of positions, each
-// in ascending order, then the runs in ascending order.
-__device__ __forceinline__ void weigh_values(Block& block, const AttentionItem& item) {
-    AttentionScratch& s = *block.attention;
-    const int pair = block.thread % VALUE_PAIRS, group = block.thread / VALUE_PAIRS;
-    const int origin = item.origin();
-    const int begin = max_of(item.begin, origin + group * VALUE_RUN);
-    const int end = min_of(item.end, origin + (group + 1) * VALUE_RUN);
-    const uint16_t* cache = block.args.value_cache + item.cache_offset(item.begin);
-    for (int chunk = 0; chunk < item.heads(); chunk += HEAD_CHUNK) {
-        float low[HEAD_CHUNK] = {}, high[HEAD_CHUNK] = {};
-        for (int position = begin; position < end && pair < HEAD_DIM / 2; ++position) {
-            const uint16_t* value = position >= item.fresh ? s.value_bf16 + (position - item.fresh) * HEAD_DIM
-                                                           : cache + (position - item.begin) * HEAD_DIM;
-            const uint32_t v = *reinterpret_cast<const uint32_t*>(value + 2 * pair);
-            const float* p = s.score + (position - origin) * SCORE_STRIDE + chunk;
+// score[run][c] = q . k / sqrt(HEAD_DIM) * log2(e) of head lane / 4 and the run's position 2 (lane % 4) + c,
+// or MASKED.
+__device__ __forceinline__ void score_tile(Block& block, const Item& item, float (&score)[TILE_RUNS][2]) {
+    const int t = block.lane() % 4, g = block.lane() / 4;
+    const int first = item.tile_begin(block.warp()), positions = item.tile_positions(block.warp());
+    const uint16_t* query = block.attention()->query_bf16 + g * QUERY_STRIDE + 8 * t;
+    const uint8_t* slot = nullptr;
+    for (int run = 0; run < TILE_RUNS; ++run) score[run][0] = score[run][1] = MASKED;
 #pragma unroll
-            for (int h = 0; h < HEAD_CHUNK; ++h) {
-                if (chunk + h >= item.heads()) break;
-                low[h] = fmaf(p[h], __uint_as_float(v << 16), low[h]);
-                high[h] = fmaf(p[h], __uint_as_float(v & 0xffff0000), high[h]);
+    for (int run = 0; run < TILE_RUNS; ++run) {
+        const int in_slot = run * KV_RUN % KV_SLOT;
+        if (run * KV_RUN / KV_SLOT * KV_SLOT >= positions) break;
+        if (in_slot == 0) slot = block.stream.wait();
+        const uint8_t* key = vector_at(item, slot, first + run * KV_RUN - in_slot,
+                                       block.attention()->key_bf16, first + run * KV_RUN + g % KV_RUN);
+        float dots[4] = {};
+#pragma unroll
+        for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
+            const int d = 32 * j + 8 * t;
+            uint4 k = make_uint4(0, 0, 0, 0);
+            if (HEAD_DIM % 32 == 0 || d < HEAD_DIM) k = *reinterpret_cast<const uint4*>(key + 2 * d);
+            const uint4 q = *reinterpret_cast<const uint4*>(query + 32 * j);
+            const uint32_t low[4] = {q.x, 0, q.y, 0}, high[4] = {q.z, 0, q.w, 0};
+            mma_16x8x16(dots, low, k.x, k.y);
+            mma_16x8x16(dots, high, k.z, k.w);
+        }
+        for (int c = 0; c < 2; ++c) {
+            const int position = first + run * KV_RUN + 2 * t + c;
+            const bool visible = 2 * t + c < KV_RUN && position >= item.begin && position < item.end;
+            if (visible) score[run][c] = dots[c] * SCORE_SCALE;
+        }
+        if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS) block.stream.release(dots[0] + dots[1]);
+    }
+}
+
+// Turns the scores of all warps' tiles into probabilities relative to the block of positions' maximum,
+// rounded to bf16: p[run] holds a pair of positions of head lane / 4. Leaves every tile's sum in tile_sum.
+__device__ __forceinline__ void softmax_tile(Block& block, const Item& item,
+                                             const float (&score)[TILE_RUNS][2], uint32_t (&p)[TILE_RUNS]) {
+    AttentionScratch& s = *block.attention();
+    const int head = block.lane() / 4;
+    float top = MASKED;
+    for (int run = 0; run < TILE_RUNS; ++run) top = fmaxf(top, fmaxf(score[run][0], score[run][1]));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
+    if (block.lane() % 4 == 0) s.tile_max[block.warp() * TILE_HEADS + head] = top;
+    sync_threads<THREADS>();
+    for (int tile = 0; tile < WARPS; ++tile) top = fmaxf(top, s.tile_max[tile * TILE_HEADS + head]);
+    float sum = 0.0f;
+    for (int run = 0; run < TILE_RUNS; ++run) {
+        p[run] = pack_bf16x2(exp2_approx(score[run][0] - top), exp2_approx(score[run][1] - top));
+        sum += __uint_as_float(p[run] << 16);
+        sum += __uint_as_float(p[run] & 0xffff0000);
+    }
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    if (block.lane() % 4 == 0) s.tile_sum[block.warp() * TILE_HEADS + head] = sum;
+    if (block.warp() == 0 && block.lane() % 4 == 0 && head < item.heads()) s.max[head] = top;
+}
+
+// A float that is made of all of `out`.
+__device__ __forceinline__ float sum_of(const float (&out)[HEAD_DIM_TILES][4]) {
+    float sum = 0.0f;
+    for (int m = 0; m < HEAD_DIM_TILES; ++m) sum += out[m][0];
+    return sum;
+}
+
+// out[m] += v . p: dimensions 16 m + lane / 4 (elements 0, 1) and 8 more (2, 3) of heads 2 (lane % 4) and the
+// next.
+__device__ __forceinline__ void weigh_values(Block& block, const Item& item, const uint32_t (&p)[TILE_RUNS],
+                                             float (&out)[HEAD_DIM_TILES][4]) {
+    const int t = block.lane() % 4;
+    const int first = item.tile_begin(block.warp()), positions = item.tile_positions(block.warp());
+    const uint8_t* slot = nullptr;
+#pragma unroll
+    for (int run = 0; run < TILE_RUNS; ++run) {
+        const int in_slot = run * KV_RUN % KV_SLOT;
+        if (run * KV_RUN / KV_SLOT * KV_SLOT >= positions) break;
+        if (in_slot == 0) slot = block.stream.wait();
+        // What the row does not see may be anything, and 0 times anything is not 0.
+        const int position = first + run * KV_RUN + 2 * t;
+        uint32_t mask = 0;
+        if (2 * t < KV_RUN && position >= item.begin && position < item.end) mask |= 0xffff;
+        if (2 * t + 1 < KV_RUN && position + 1 >= item.begin && position + 1 < item.end) mask |= 0xffff0000;
+        const int half = block.lane() / 8 % 2;  // lanes 8 to 15 give the rows of the upper eight dimensions
+        const uint8_t* value =
+            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->value_bf16,
+                      first + run * KV_RUN + block.lane() % KV_RUN);
+#pragma unroll
+        for (int m = 0; m < HEAD_DIM_TILES; ++m) {
+            const int d = min_of(16 * m + 8 * half, HEAD_DIM - 8);
+            uint32_t a[2];
+            load_transposed(a, value + 2 * d);
+            a[0] &= mask, a[1] &= mask;
+            mma_16x8x8(out[m], a, p[run]);
+        }
+        if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS) block.stream.release(sum_of(out));
+    }
+}
+
+// Adds up the warps' shares in ascending order of positions: s.out[head][dimension] and s.sum[head]. Every
+// thread may read them when it returns.
+__device__ __forceinline__ void add_tiles(Block& block, const Item& item,
+                                          const float (&out)[HEAD_DIM_TILES][4]) {
+    AttentionScratch& s = *block.attention();
+    const int t = block.lane() % 4, g = block.lane() / 4, heads = item.heads();
+    const int first = (item.begin - item.tile_begin(0)) / KV_TILE,
+              last = (item.end - 1 - item.tile_begin(0)) / KV_TILE;
+#pragma unroll
+    for (int sweep = 0; sweep < HEAD_DIM_TILES; sweep += SWEEP_TILES) {
+        if (sweep > 0) sync_threads<THREADS>();
+#pragma unroll
+        for (int m = sweep; m < min_of(sweep + SWEEP_TILES, HEAD_DIM_TILES); ++m) {
+            for (int i = 0; i < 4; ++i) {
+                const int head = 2 * t + i % 2, d = 16 * (m - sweep) + g + i / 2 * 8;
+                if (head < heads) s.partial[(block.warp() * ITEM_HEADS + head) * SWEEP_DIMS + d] = out[m][i];
             }
         }
-        for (int h = 0; h < HEAD_CHUNK && pair < HEAD_DIM / 2; ++h) {
-            float* partial = s.partial + (group * HEAD_CHUNK + h) * HEAD_DIM + 2 * pair;
-            partial[0] = low[h], partial[1] = high[h];
-        }
-        __syncthreads();
-        for (int i = block.thread; i < HEAD_CHUNK * HEAD_DIM; i += THREADS) {
-            if (chunk + i / HEAD_DIM >= item.heads()) break;
+        sync_threads<THREADS>();
+        for (int i = block.thread; i < heads * SWEEP_DIMS; i += THREADS) {
+            const int head = i / SWEEP_DIMS, d = sweep * TILE_ROWS + i % SWEEP_DIMS;
+            if (d >= HEAD_DIM) continue;
             float sum = 0.0f;
-            for (int run = 0; run < VALUE_GROUPS; ++run) sum += s.partial[run * HEAD_CHUNK * HEAD_DIM + i];
-            s.out[chunk * HEAD_DIM + i] = sum;
+#pragma unroll 8
+            for (int tile = first; tile <= last; ++tile) {
+                sum += s.partial[tile * ITEM_HEADS * SWEEP_DIMS + i];
+            }
+            s.out[head * HEAD_DIM + d] = sum;
         }
-        __syncthreads();
     }
+    if (block.thread < heads) {
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int tile = first; tile <= last; ++tile) sum += s.tile_sum[tile * TILE_HEADS + block.thread];
+        s.sum[block.thread] = sum;
+    }
+    sync_threads<THREADS>();
 }
+
+// ---- a whole item ----
 
 // Publishes one head's finished vector, out / sum, six bf16 to a packet.
 __device__ __forceinline__ void publish_head(const float* out, float sum, int packet_index, uint4* packets,
                                              uint32_t tag) {
+    const float inverse = 1.0f / sum;
     uint32_t words[3];
     for (int w = 0; w < 3; ++w) {
         const int d = 6 * packet_index + 2 * w;
-        words[w] = d < HEAD_DIM ? pack_bf16x2(out[d] / sum, out[d + 1] / sum) : 0;
+        words[w] = d < HEAD_DIM ? pack_bf16x2(out[d] * inverse, out[d + 1] * inverse) : 0;
     }
     publish(packets + packet_index, words[0], words[1], words[2], tag);
 }
@@ -267,70 +291,104 @@ __device__ __forceinline__ void publish_partial(const AttentionScratch& s, int h
     publish(packets + packet_index, words[0], words[1], words[2], tag);
 }
 
-// Publishes the item's share as partial number `split` of its row, or, if that is ONLY_SPLIT, as attention's
+// Publishes the item's share as a partial softmax of its row or, if it is the `whole`, as attention's
 // finished output.
-__device__ __forceinline__ bool attend(Block& block, const AttentionItem& item, const LayerPackets& packets,
-                                       uint4* partials, int split, uint32_t tag, int where) {
-    if (!load_item(block, item, packets.qkv(), tag, where)) return false;
-    score_positions(block, item);
-    __syncthreads();
-    softmax_block(block, item.heads());
-    __syncthreads();
-    weigh_values(block, item);
-    const bool whole = split == ONLY_SPLIT;
+__device__ __forceinline__ bool attend(Block& block, const Item& item, int layer, const LayerPackets& packets,
+                                       bool whole, uint32_t tag, int where) {
+    if (!load_item(block, item, layer, packets.qkv(), tag, where)) return false;
+    float score[TILE_RUNS][2], out[HEAD_DIM_TILES][4] = {};
+    uint32_t p[TILE_RUNS];
+    score_tile(block, item, score);
+    block.stream.refill();
+    softmax_tile(block, item, score, p);
+    weigh_values(block, item, p, out);
+    add_tiles(block, item, out);
+    block.stream.refill();
+    uint4* partials = partial_packets(block.args.exchange);
     const int count = whole ? HEAD_PACKETS : PARTIAL_PACKETS;
     for (int i = block.thread; i < item.heads() * count; i += THREADS) {
         const int head = i / count, index = i % count;
         const int row_head = item.row * NUM_HEADS + item.first_head + head;
         if (whole) {
-            publish_head(block.attention->out + head * HEAD_DIM, block.attention->sum[head], index,
+            publish_head(block.attention()->out + head * HEAD_DIM, block.attention()->sum[head], index,
                          packets.attention() + row_head * HEAD_PACKETS, tag);
         } else {
             publish_partial(
-                *block.attention, head, index,
-                partials + (static_cast<uint64_t>(row_head) * MAX_SPLITS + split) * PARTIAL_PACKETS, tag);
+                *block.attention(), head, index,
+                partials + (static_cast<uint64_t>(row_head) * MAX_SPLITS + item.split) * PARTIAL_PACKETS,
+                tag);
         }
     }
-    __syncthreads();
+    sync_threads<THREADS>();
     return true;
 }
 
-// Merges the partial softmaxes of one (row, head) in ascending order of position.
-__device__ __forceinline__ bool merge_splits(Block& block, int row_head, int splits, const uint4* partials,
-                                             uint4* target, uint32_t tag, int where) {
-    MergeScratch& s = *block.merge;
-    partials += static_cast<uint64_t>(row_head) * MAX_SPLITS * PARTIAL_PACKETS;
-    bool arrived = true;
-    for (int split = block.thread; arrived && split < splits; split += THREADS) {
-        arrived = receive(block, partials + split * PARTIAL_PACKETS, 0, 1, 1, tag, where,
-                          [&](int, const uint4& packet) {
-                              s.max[split] = __uint_as_float(packet.x);
-                              s.sum[split] = __uint_as_float(packet.y);
-                          });
-    }
-    if (__syncthreads_or(!arrived)) return false;
-    float top = MASKED, sum = 0.0f;
-    for (int split = 0; split < splits; ++split) top = fmaxf(top, s.max[split]);
-    for (int split = 0; split < splits; ++split)
+// ---- partial softmaxes ----
+
+constexpr int MERGE_LANES = round_up(PARTIAL_PACKETS, 32);    // threads across a vector's packets
+constexpr int MERGE_RUNS = max_of(1, THREADS / MERGE_LANES);  // runs merged side by side
+constexpr int MERGE_BATCH = 8;                                // splits that a thread asks for at once
+
+// The maximum of the splits' maxima and the sum of their sums under it, the same in every thread.
+__device__ __forceinline__ void merge_sums(const Block& block, int splits, float& top, float& sum) {
+    const MergeScratch& s = *block.merge();
+    top = MASKED, sum = 0.0f;
+    for (int split = block.lane(); split < splits; split += 32) top = fmaxf(top, s.max[split]);
+    for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, offset));
+    for (int split = block.lane(); split < splits; split += 32) {
         sum = fmaf(exp2_approx(s.max[split] - top), s.sum[split], sum);
-    for (int i = block.thread; arrived && i < PARTIAL_PACKETS; i += THREADS) {
+    }
+    sum = block.warp_sum(sum);
+}
+
+// Merges the partial softmaxes of one (row, head): runs of MERGE_RUN splits, by absolute number, each in
+// ascending order, then the runs in ascending order. `first_split` is the absolute number of the first of
+// `splits`.
+__device__ __forceinline__ bool merge_splits(Block& block, int row_head, int first_split, int splits,
+                                             uint4* target, uint32_t tag, int where) {
+    MergeScratch& s = *block.merge();
+    const uint4* partials =
+        partial_packets(block.args.exchange) + static_cast<uint64_t>(row_head) * MAX_SPLITS * PARTIAL_PACKETS;
+    bool arrived = receive<MAX_SPLITS>(
+        block, splits, tag, where, [&](int split) { return partials + split * PARTIAL_PACKETS; },
+        [&](int split, const uint4& packet) {
+            s.max[split] = __uint_as_float(packet.x);
+            s.sum[split] = __uint_as_float(packet.y);
+        });
+    if (sync_threads_or<THREADS>(!arrived)) return false;
+    float top, sum;
+    merge_sums(block, splits, top, sum);
+    const int runs = (first_split + splits - 1) / MERGE_RUN - first_split / MERGE_RUN + 1;
+    const int index = block.thread % MERGE_LANES, in_run = first_split % MERGE_RUN;
+    for (int run = block.thread / MERGE_LANES; run < runs && run < MAX_RUNS; run += MERGE_RUNS) {
+        if (index >= PARTIAL_PACKETS || !arrived || block.thread >= MERGE_RUNS * MERGE_LANES) break;
+        const int begin = max_of(run * MERGE_RUN - in_run, 0),
+                  end = min_of((run + 1) * MERGE_RUN - in_run, splits);
         float x[3] = {};
-        arrived = receive(block, partials, i, splits * PARTIAL_PACKETS, PARTIAL_PACKETS, tag, where,
-                          [&](int index, const uint4& packet) {
-                              const float weight = exp2_approx(s.max[index / PARTIAL_PACKETS] - top);
-                              x[0] = fmaf(weight, __uint_as_float(packet.x), x[0]);
-                              x[1] = fmaf(weight, __uint_as_float(packet.y), x[1]);
-                              x[2] = fmaf(weight, __uint_as_float(packet.z), x[2]);
-                          });
+        arrived = receive_some<MERGE_BATCH>(
+            block.args, begin, 1, end, tag, where,
+            [&](int split) { return partials + split * PARTIAL_PACKETS + index; },
+            [&](int split, const uint4& packet) {
+                const float weight = exp2_approx(s.max[split] - top);
+                x[0] = fmaf(weight, __uint_as_float(packet.x), x[0]);
+                x[1] = fmaf(weight, __uint_as_float(packet.y), x[1]);
+                x[2] = fmaf(weight, __uint_as_float(packet.z), x[2]);
+            });
         for (int w = 0; w < 3; ++w) {
-            const int d = 3 * i + w - 2;
-            if (d >= 0 && d < HEAD_DIM) s.out[d] = x[w];
+            const int d = 3 * index + w - 2;
+            if (d >= 0 && d < HEAD_DIM) s.run[run * HEAD_DIM + d] = x[w];
         }
     }
-    if (__syncthreads_or(!arrived)) return false;
+    if (sync_threads_or<THREADS>(!arrived)) return false;
+    for (int d = block.thread; d < HEAD_DIM; d += THREADS) {
+        float x = 0.0f;
+        for (int run = 0; run < runs; ++run) x += s.run[run * HEAD_DIM + d];
+        s.out[d] = x;
+    }
+    sync_threads<THREADS>();
     for (int i = block.thread; i < HEAD_PACKETS; i += THREADS) {
         publish_head(s.out, sum, i, target + row_head * HEAD_PACKETS, tag);
     }
-    __syncthreads();
+    sync_threads<THREADS>();
     return true;
 }

@@ -4,10 +4,10 @@
 
 #include "ptx.cuh"
 
-#if !defined(ROWS) || !defined(HIDDEN_SIZE) || !defined(INTERMEDIATE_SIZE) || !defined(NUM_LAYERS) || \
-    !defined(SCORE_SCALE) || !defined(NUM_HEADS) || !defined(NUM_KV_HEADS) || !defined(HEAD_DIM) ||   \
-    !defined(VOCAB_SIZE) || !defined(MAX_SEQ_LEN) || !defined(RMS_NORM_EPS) ||                        \
-    !defined(TIE_WORD_EMBEDDINGS) || !defined(QKV_BIAS) || !defined(O_BIAS) || !defined(MLP_BIAS) ||  \
+#if !defined(ROWS) || !defined(HIDDEN_SIZE) || !defined(INTERMEDIATE_SIZE) || !defined(NUM_LAYERS) ||     \
+    !defined(SCORE_SCALE) || !defined(NUM_HEADS) || !defined(NUM_KV_HEADS) || !defined(HEAD_DIM) ||       \
+    !defined(VOCAB_SIZE) || !defined(MAX_SEQ_LEN) || !defined(RMS_NORM_EPS) || !defined(LAYER_WINDOWS) || \
+    !defined(TIE_WORD_EMBEDDINGS) || !defined(QKV_BIAS) || !defined(O_BIAS) || !defined(MLP_BIAS) ||      \
     !defined(QK_NORM)
 #error "a -D constant of the model is missing"
 #endif
@@ -21,12 +21,15 @@
     !defined(O_BIAS_OFFSET) || !defined(GATE_UP_BIAS_OFFSET) || !defined(DOWN_BIAS_OFFSET)
 #error "a -D constant of the norms and biases is missing"
 #endif
-#if !defined(SHARED_LIMIT) || !defined(OWN_TILES) || !defined(TEST_PAUSES)
+#if !defined(SHARED_LIMIT) || !defined(OWN_TILES) || !defined(BULK_COPIES) || !defined(TEST_PAUSES) || \
+    !defined(STAGE_TIMES)
 #error "a -D constant of the launch is missing"
 #endif
 
-constexpr int WARPS = 16;
-constexpr int THREADS = 32 * WARPS;
+constexpr int WARPS = 16;                         // that compute
+constexpr int THREADS = 32 * WARPS;               // of those warps
+constexpr int FETCH_WARPS = BULK_COPIES ? 4 : 0;  // that fetch for them
+constexpr int BLOCK_THREADS = THREADS + 32 * FETCH_WARPS;
 constexpr int MAX_ROWS = 8;  // columns of one mma
 constexpr int TILE_ROWS = 16;
 constexpr int SEGMENT = 256;   // the canonical order of sums: each run of 256 k starts from zero
@@ -92,7 +95,18 @@ static_assert(LmHead::BYTES == LM_HEAD_BYTES,
               "ffmini/layout.py and cuda/config.cuh disagree about the lm_head's bytes");
 
 constexpr int HIDDEN_TILES = OProj::TILES;
+
+// A warp takes KV_TILE positions of a block of KV_BLOCK, their keys and then their values. They come in slots
+// of KV_SLOT positions (about 2 KB), which it multiplies in runs of KV_RUN.
+constexpr int KV_TILE = KV_BLOCK / WARPS;
+constexpr int KV_SLOT = HEAD_DIM <= 64 ? 16 : (HEAD_DIM <= 128 ? 8 : 4);
+constexpr int KV_RUN = min_of(8, KV_SLOT);
+constexpr int KV_SLOT_BYTES = KV_SLOT * HEAD_DIM * 2;
 constexpr int MAX_SPLITS = ceil_div(MAX_SEQ_LEN, KV_BLOCK);
+constexpr int ITEM_HEADS = min_of(HEADS_PER_KV, 8);  // query heads of one item of attention
+constexpr int HEAD_GROUPS = ceil_div(HEADS_PER_KV, ITEM_HEADS);
+constexpr int ITEM_GROUPS = NUM_KV_HEADS * HEAD_GROUPS;
+static_assert(KV_TILE == 16, "a warp's positions are the columns of whole runs");
 
 // One row of a pass. The rows of one slot stand together, at ascending consecutive positions.
 struct Row {
@@ -118,12 +132,12 @@ struct PassArgs {
     const float* norm;             // [HIDDEN_SIZE]
     const float* rope_cos;         // [MAX_SEQ_LEN][HEAD_DIM / 2]
     const float* rope_sin;         // [MAX_SEQ_LEN][HEAD_DIM / 2]
-    const int* layer_windows;      // [NUM_LAYERS]; 0: full attention
     uint16_t* key_cache;           // bf16 [NUM_LAYERS][num_slots][NUM_KV_HEADS][MAX_SEQ_LEN][HEAD_DIM]
     uint16_t* value_cache;         // the same
     uint4* exchange;               // [EXCHANGE_PACKETS], zeroed once; see exchange.cuh
     float* logits;                 // [ROWS][VOCAB_SIZE]
     Status* status;
+    uint64_t* stage_times;  // [NUM_LAYERS + 1][MARKS][blocks] in nanoseconds; only if STAGE_TIMES
     uint64_t spin_limit_ns;
     uint32_t pass;  // 1 .. 2^32 / (NUM_LAYERS + 1), a new one for each launch
     int num_slots;
@@ -131,3 +145,7 @@ struct PassArgs {
     uint32_t logits_rows;  // bit r: row r's logits are wanted; 0 leaves the lm_head out
     Row rows[MAX_ROWS];
 };
+
+__device__ __forceinline__ int num_rows(const PassArgs& args) {
+    return ROWS == 1 ? 1 : args.num_rows;
+}

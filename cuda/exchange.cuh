@@ -13,12 +13,14 @@
 
 // ---- where the packets lie ----
 
-constexpr int FLOAT_PACKETS = 6;                            // 16 floats of a tile: 3, 3, 3, 3, 3, 1
+constexpr int FLOAT_PACKETS = 6;                            // 16 floats of a tile: 3, 3, 2, 3, 3, 2
+constexpr int NORM_PACKETS = 3;                             // 16 bf16 of a tile and a float: nine words
 constexpr int BF16_PACKETS = 2;                             // 8 bf16 of a gate/up tile: 4, 4
 constexpr int HEAD_PACKETS = ceil_div(HEAD_DIM, 6);         // bf16 of a head: 6 each
+constexpr int VECTOR_PACKETS = HEAD_DIM / 8 * 3;            // floats of a head in FLOAT_PACKETS
 constexpr int PARTIAL_PACKETS = ceil_div(HEAD_DIM + 2, 3);  // max, sum, then the vector, as floats
 
-constexpr int HIDDEN_PACKETS = HIDDEN_TILES * FLOAT_PACKETS;  // for one row, as all of these
+constexpr int HIDDEN_PACKETS = HIDDEN_TILES * NORM_PACKETS;  // for one row, as all of these
 constexpr int QKV_PACKETS = QkvProj::TILES * FLOAT_PACKETS;
 constexpr int ATTENTION_PACKETS = NUM_HEADS * HEAD_PACKETS;
 constexpr int ACTIVATION_PACKETS = INTERMEDIATE_TILES * BF16_PACKETS;
@@ -36,13 +38,14 @@ struct LayerPackets {
 
     __device__ LayerPackets(uint4* exchange, int layer)
         : begin(exchange + static_cast<uint64_t>(layer) * LAYER_PACKETS) {}
-    // The residual stream that enters the layer, fp32.
+    // The residual stream that enters the layer, times the weight of the norm there, and its squares' sum: a
+    // tile of 16 bf16 and a float.
     __device__ uint4* hidden() const { return begin; }
     // q, k and v before norm and rope, fp32.
     __device__ uint4* qkv() const { return begin + ROWS * HIDDEN_PACKETS; }
     // Attention's output, bf16.
     __device__ uint4* attention() const { return qkv() + ROWS * QKV_PACKETS; }
-    // The residual stream after attention, fp32.
+    // The residual stream after attention, as hidden.
     __device__ uint4* mid_hidden() const { return attention() + ROWS * ATTENTION_PACKETS; }
     // silu(gate) * up, bf16.
     __device__ uint4* activation() const { return mid_hidden() + ROWS * HIDDEN_PACKETS; }
@@ -103,30 +106,40 @@ class Patience {
     int where_;
 };
 
-constexpr int RECEIVE_BATCH = 2;  // packets that a thread asks for at once
+constexpr int RECEIVE_BATCH = 8;  // packets that a thread asks for at once, at most
 
-// Hands the packets first, first + step, ... below `count` to take(index, packet) as they arrive. False if
-// one did not come.
-template <class Take>
-__device__ __forceinline__ bool receive(const Block& block, const uint4* packets, int first, int count,
-                                        int step, uint32_t tag, int where, Take take) {
-    Patience patience(block.args, where);
-    for (int begin = first; begin < count; begin += RECEIVE_BATCH * step) {
-        uint4 packet[RECEIVE_BATCH];
+// Hands the packets first, first + step, ... below `count` to take(index, packet); at(index) is where one
+// lies. BATCH are asked for together, again and again until all of them are there: packets that wait for each
+// other's turn would cost a round trip each. False if one did not come.
+template <int BATCH, class At, class Take>
+__device__ __forceinline__ bool receive_some(const PassArgs& args, int first, int step, int count,
+                                             uint32_t tag, int where, At at, Take take) {
+    Patience patience(args, where);
+    for (int begin = first; begin < count;) {
+        uint4 packet[BATCH];
+        bool missing = false;
 #pragma unroll
-        for (int i = 0; i < RECEIVE_BATCH; ++i) {
-            if (begin + i * step < count) packet[i] = load_relaxed_128(packets + begin + i * step);
+        for (int i = 0; i < BATCH; ++i) packet[i] = load_relaxed_128(at(min_of(begin + i * step, count - 1)));
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) missing |= packet[i].w != tag;
+        if (missing) {
+            if (!patience.more()) return false;
+            continue;
         }
 #pragma unroll
-        for (int i = 0; i < RECEIVE_BATCH; ++i) {
+        for (int i = 0; i < BATCH; ++i) {
             const int index = begin + i * step;
-            if (index >= count) break;
-            while (packet[i].w != tag) {
-                if (!patience.more()) return false;
-                packet[i] = load_relaxed_128(packets + index);
-            }
-            take(index, packet[i]);
+            if (index < count) take(index, packet[i]);
         }
+        begin += BATCH * step;
     }
     return true;
+}
+
+// The same for `count` packets, MOST at most, shared out among the block's threads.
+template <int MOST, class At, class Take>
+__device__ __forceinline__ bool receive(const Block& block, int count, uint32_t tag, int where, At at,
+                                        Take take) {
+    constexpr int BATCH = min_of(RECEIVE_BATCH, ceil_div(MOST, THREADS));
+    return receive_some<BATCH>(block.args, block.thread, THREADS, count, tag, where, at, take);
 }

@@ -18,12 +18,12 @@ __device__ __forceinline__ const float* layer_vectors(const Block& block, int la
 }
 
 // Publishes 16 floats that lie in lanes 0 to 15 of a half warp as the packets of tile `tile`.
-__device__ __forceinline__ void publish_tile(const Block& block, uint4* packets, int tile, float value,
-                                             uint32_t tag) {
-    const int base = block.lane & 16, output = block.lane & 15;
+__device__ __forceinline__ void publish_floats(const Block& block, uint4* packets, int tile, float value,
+                                               uint32_t tag) {
+    const int base = block.lane() & 16, output = block.lane() & 15;
     uint32_t words[3];
     for (int w = 0; w < 3; ++w) {
-        const int source = base + min_of(3 * output + w, 15);
+        const int source = base + min_of(output / 3 * 8 + output % 3 * 3 + w, 15);
         words[w] = __shfl_sync(0xffffu << base, __float_as_uint(value), source);
     }
     if (output < FLOAT_PACKETS) {
@@ -31,86 +31,124 @@ __device__ __forceinline__ void publish_tile(const Block& block, uint4* packets,
     }
 }
 
+// Publishes a tile of the residual stream, in lanes 0 to 15 of a half warp, for the norm that comes next: the
+// elements times the norm's weights as bf16, and the sum of their squares. One over the root mean square
+// comes in after the product, which is linear.
+__device__ __forceinline__ void publish_residual(const Block& block, uint4* packets, int tile, float x,
+                                                 float weight, uint32_t tag) {
+    const int base = block.lane() & 16, output = block.lane() & 15;
+    const uint32_t half_warp = 0xffffu << base;
+    float squares = x * x;
+    for (int offset = 8; offset > 0; offset /= 2) squares += __shfl_xor_sync(half_warp, squares, offset);
+    const float weighed = x * weight;
+    uint32_t words[3];
+    for (int w = 0; w < 3; ++w) {
+        const int pair = min_of(3 * output + w, 7);
+        const float low = __shfl_sync(half_warp, weighed, base + 2 * pair);
+        words[w] = pack_bf16x2(low, __shfl_sync(half_warp, weighed, base + 2 * pair + 1));
+    }
+    if (output == NORM_PACKETS - 1) words[2] = __float_as_uint(squares);
+    if (output < NORM_PACKETS) {
+        publish(packets + tile * NORM_PACKETS + output, words[0], words[1], words[2], tag);
+    }
+}
+
 // Fills the columns of the activations that no packet carries with zeros, up to M's padded width.
 template <class M>
 __device__ __forceinline__ void zero_activation_tail(Block& block, int from) {
-    for (int row = 0; row < block.num_rows; ++row) {
+    for (int row = 0; row < num_rows(block.args); ++row) {
         for (int k = from + block.thread; k < M::K_PAD; k += THREADS) {
-            block.activations[row * ACTIVATION_STRIDE + k] = 0;
+            block.activations()[row * ACTIVATION_STRIDE + k] = 0;
         }
     }
 }
 
-// Receives the residual stream, norms it and leaves it as bf16 activations. The sum of squares of a row is
-// taken per thread over its packets, then over the warp, then over the warps in ascending order.
-template <class M>
-__device__ __forceinline__ bool receive_normed(Block& block, const uint4* packets, const float* weight,
-                                               uint32_t tag, int where) {
-    constexpr int PER_THREAD = ceil_div(HIDDEN_PACKETS, THREADS);
-    for (int row = 0; row < block.num_rows; ++row) {
-        float x[3 * PER_THREAD] = {};
+// Works out one over the root mean square of each row's residual stream from its tiles' sums of squares: warp
+// w takes row w, each lane every 32nd tile, then the lanes in a fixed tree.
+__device__ __forceinline__ void scale_rows(const Block& block) {
+    for (int row = block.warp(); row < num_rows(block.args); row += WARPS) {
         float squares = 0.0f;
-        const bool arrived =
-            receive(block, packets + row * HIDDEN_PACKETS, block.thread, HIDDEN_PACKETS, THREADS, tag, where,
-                    [&](int index, const uint4& packet) {
-#pragma unroll
-                        for (int i = 0; i < PER_THREAD; ++i) {  // a constant index keeps x in registers
-                            if (index != block.thread + i * THREADS) continue;
-                            x[3 * i] = __uint_as_float(packet.x);
-                            x[3 * i + 1] = __uint_as_float(packet.y);
-                            x[3 * i + 2] = __uint_as_float(packet.z);
-                            if (index % FLOAT_PACKETS == FLOAT_PACKETS - 1)
-                                x[3 * i + 1] = x[3 * i + 2] = 0.0f;
-                        }
-                    });
-        for (int i = 0; i < 3 * PER_THREAD; ++i) squares = fmaf(x[i], x[i], squares);
+        for (int tile = block.lane(); tile < HIDDEN_TILES; tile += 32) {
+            squares += block.shared()->tile_squares[row * HIDDEN_TILES + tile];
+        }
         squares = block.warp_sum(squares);
-        float* warp_sum = block.shared->warp_sum + row % 2 * WARPS;
-        if (block.lane == 0) warp_sum[block.warp] = squares;
-        if (__syncthreads_or(!arrived)) return false;
-        float sum = 0.0f;
-        for (int w = 0; w < WARPS; ++w) sum += warp_sum[w];
-        const float scale = 1.0f / sqrtf(sum / HIDDEN_SIZE + RMS_NORM_EPS);
-#pragma unroll
-        for (int i = 0; i < 3 * PER_THREAD; ++i) {
-            const int index = block.thread + i / 3 * THREADS, in_tile = index % FLOAT_PACKETS * 3 + i % 3;
-            const int k = index / FLOAT_PACKETS * TILE_ROWS + in_tile;
-            if (in_tile < TILE_ROWS && k < HIDDEN_SIZE) {
-                block.activations[row * ACTIVATION_STRIDE + k] =
-                    static_cast<uint16_t>(pack_bf16x2(x[i] * scale * weight[k], 0.0f));
+        if (block.lane() == 0)
+            block.shared()->norm_scale[row] = 1.0f / sqrtf(squares / HIDDEN_SIZE + RMS_NORM_EPS);
+    }
+}
+
+// Receives the residual stream as publish_residual sends it and leaves it as activations. norm_scale is
+// complete after the block's next barrier.
+template <class M>
+__device__ __forceinline__ bool receive_residual(Block& block, const uint4* packets, uint32_t tag,
+                                                 int where) {
+    const auto take = [&](int index, const uint4& packet) {
+        const int row = index / HIDDEN_PACKETS, part = index % HIDDEN_PACKETS % NORM_PACKETS;
+        const int tile = index % HIDDEN_PACKETS / NORM_PACKETS;
+        uint32_t* target = reinterpret_cast<uint32_t*>(block.activations() + row * ACTIVATION_STRIDE) +
+                           tile * TILE_ROWS / 2 + 3 * part;
+        target[0] = packet.x;
+        target[1] = packet.y;
+        if (part < NORM_PACKETS - 1) {
+            target[2] = packet.z;
+        } else {
+            block.shared()->tile_squares[row * HIDDEN_TILES + tile] = __uint_as_float(packet.z);
+        }
+    };
+    const bool arrived = receive<ROWS * HIDDEN_PACKETS>(
+        block, num_rows(block.args) * HIDDEN_PACKETS, tag, where, [&](int index) { return packets + index; },
+        take);
+    zero_activation_tail<M>(block, HIDDEN_TILES * TILE_ROWS);
+    if (sync_threads_or<THREADS>(!arrived)) return false;
+    scale_rows(block);
+    return true;
+}
+
+// Receives bf16 activations: PER_PACKET to a packet, packets in runs of RUN that hold LENGTH elements, COUNT
+// to a row.
+template <class M, int PER_PACKET, int RUN, int LENGTH, int COUNT>
+__device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets, uint32_t tag, int where) {
+    const auto take = [&](int index, const uint4& packet) {
+        const int row = index / COUNT, in_row = index % COUNT, in_run = in_row % RUN * PER_PACKET;
+        const int k = in_row / RUN * LENGTH + in_run;
+        uint16_t* target = block.activations() + row * ACTIVATION_STRIDE + k;
+        const uint32_t words[3] = {packet.x, packet.y, packet.z};
+        for (int i = 0; i < PER_PACKET; i += 2) {
+            if (in_run + i < LENGTH && k + i < M::K_PAD) {
+                *reinterpret_cast<uint32_t*>(target + i) = words[i / 2];
             }
         }
-    }
-    zero_activation_tail<M>(block, HIDDEN_SIZE);
-    __syncthreads();
-    sum_groups<M>(block);
-    return true;
+    };
+    const bool arrived = receive<ROWS * COUNT>(
+        block, num_rows(block.args) * COUNT, tag, where, [&](int index) { return packets + index; }, take);
+    zero_activation_tail<M>(block, COUNT / RUN * LENGTH);
+    return !sync_threads_or<THREADS>(!arrived);
 }
 
-// Receives bf16 activations: PER_PACKET to a packet, packets in runs of RUN that hold LENGTH elements.
-template <class M, int PER_PACKET, int RUN, int LENGTH>
-__device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets, int count, uint32_t tag,
-                                             int where) {
-    bool arrived = true;
-    for (int row = 0; arrived && row < block.num_rows; ++row) {
-        uint16_t* target = block.activations + row * ACTIVATION_STRIDE;
-        arrived = receive(block, packets + row * count, block.thread, count, THREADS, tag, where,
-                          [&](int index, const uint4& packet) {
-                              const int in_run = index % RUN * PER_PACKET;
-                              const int k = index / RUN * LENGTH + in_run;
-                              const uint32_t words[3] = {packet.x, packet.y, packet.z};
-                              for (int i = 0; i < PER_PACKET; i += 2) {
-                                  if (in_run + i < LENGTH && k + i < M::K_PAD) {
-                                      *reinterpret_cast<uint32_t*>(target + k + i) = words[i / 2];
-                                  }
-                              }
-                          });
+// The weights of a norm at the block's own tiles of the residual stream: asked for before a wait, kept after
+// it.
+class NextNorm {
+  public:
+    __device__ NextNorm(const Block& block, const float* weight) {
+        for (int i = 0; i < PER_THREAD; ++i) {
+            const int own = block.thread + i * THREADS, k = k_of(own);
+            if (own < OWN_TILES * TILE_ROWS && k < HIDDEN_SIZE) weight_[i] = weight[k];
+        }
     }
-    zero_activation_tail<M>(block, count / RUN * LENGTH);
-    if (__syncthreads_or(!arrived)) return false;
-    sum_groups<M>(block);
-    return true;
-}
+    __device__ void keep(const Block& block) const {
+        for (int i = 0; i < PER_THREAD; ++i) {
+            const int own = block.thread + i * THREADS;
+            if (own < OWN_TILES * TILE_ROWS) block.shared()->next_norm[own] = weight_[i];
+        }
+    }
+
+  private:
+    static constexpr int PER_THREAD = ceil_div(OWN_TILES * TILE_ROWS, THREADS);
+    static __device__ int k_of(int own) {
+        return (blockIdx.x + own / TILE_ROWS * gridDim.x) * TILE_ROWS + own % TILE_ROWS;
+    }
+    float weight_[PER_THREAD] = {};
+};
 
 // One element of a token's embedding.
 __device__ __forceinline__ float embedding(const PassArgs& args, int token, int k) {
@@ -144,102 +182,118 @@ __device__ __forceinline__ void multiply_into_residual(Block& block, const float
         const int tile = blockIdx.x + own_tile * gridDim.x, output = block.thread % TILE_ROWS;
         if (bias != nullptr && tile * TILE_ROWS + output < HIDDEN_SIZE)
             sum += bias[tile * TILE_ROWS + output];
-        float* residual = block.shared->residual + (own_tile * ROWS + row) * TILE_ROWS + output;
+        float* residual = block.shared()->residual + (own_tile * ROWS + row) * TILE_ROWS + output;
         *residual += sum;
-        publish_tile(block, packets + row * HIDDEN_PACKETS, tile, *residual, tag);
+        publish_residual(block, packets + row * HIDDEN_PACKETS, tile, *residual,
+                         block.shared()->next_norm[own_tile * TILE_ROWS + output], tag);
     });
 }
 
 // ---- the stages: each returns false when a wait gave up, and the block leaves ----
 
 // reads: the token ids. writes: hidden of layer 0, this block's part of the residual. waits for: nothing.
-__device__ __forceinline__ void embed(Block& block, const LayerPackets& packets, uint32_t tag) {
-    const int jobs = own_tiles(HIDDEN_TILES) * block.num_rows, output = block.thread % TILE_ROWS;
+__device__ __forceinline__ void embed(Block& block) {
+    const LayerPackets packets(block.args.exchange, 0);
+    const uint32_t tag = tag_of(block.args, 0);
+    const float* norm = layer_vectors(block, 0) + INPUT_LAYERNORM_OFFSET;
+    const int jobs = own_tiles(HIDDEN_TILES) * num_rows(block.args), output = block.thread % TILE_ROWS;
     for (int job = block.thread / TILE_ROWS; job < jobs; job += THREADS / TILE_ROWS) {
-        const int own_tile = job / block.num_rows, row = job % block.num_rows;
+        const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
         const int tile = blockIdx.x + own_tile * gridDim.x, k = tile * TILE_ROWS + output;
         const float x = k < HIDDEN_SIZE ? embedding(block.args, block.args.rows[row].token, k) : 0.0f;
-        block.shared->residual[(own_tile * ROWS + row) * TILE_ROWS + output] = x;
-        publish_tile(block, packets.hidden() + row * HIDDEN_PACKETS, tile, x, tag);
+        block.shared()->residual[(own_tile * ROWS + row) * TILE_ROWS + output] = x;
+        publish_residual(block, packets.hidden() + row * HIDDEN_PACKETS, tile, x,
+                         k < HIDDEN_SIZE ? norm[k] : 0.0f, tag);
+    }
+}
+
+// reads: the rows' positions. writes: the angles of their rotations. waits for: nothing.
+__device__ __forceinline__ void look_up_angles(Block& block) {
+    constexpr int HALF = HEAD_DIM / 2;
+    for (int i = block.thread; i < num_rows(block.args) * HALF; i += THREADS) {
+        const uint64_t at = static_cast<uint64_t>(block.args.rows[i / HALF].position) * HALF + i % HALF;
+        block.shared()->rope_cos[i] = block.args.rope_cos[at];
+        block.shared()->rope_sin[i] = block.args.rope_sin[at];
     }
 }
 
 // reads and waits for: hidden. writes: qkv.
-__device__ __forceinline__ bool norm_qkv(Block& block, const LayerPackets& packets, int layer, uint32_t tag) {
+__device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
+    const LayerPackets packets(block.args.exchange, layer);
+    const uint32_t tag = tag_of(block.args, layer);
     if (own_tiles(QkvProj::TILES) == 0) return true;
     const float* vectors = layer_vectors(block, layer);
-    if (!receive_normed<QkvProj>(block, packets.hidden(), vectors + INPUT_LAYERNORM_OFFSET, tag,
-                                 where_of(layer, STAGE_QKV))) {
-        return false;
-    }
+    if (!receive_residual<QkvProj>(block, packets.hidden(), tag, where_of(layer, STAGE_QKV))) return false;
+    mark(block, layer, MARK_QKV_IN);
     multiply<QkvProj>(block, [&](int own_tile, int row, float sum) {
         const int tile = blockIdx.x + own_tile * gridDim.x;
         const int element = tile * TILE_ROWS + block.thread % TILE_ROWS;
+        sum *= block.shared()->norm_scale[row];
         if (QKV_BIAS && element < ATTENTION_SIZE + 2 * KV_SIZE) sum += vectors[QKV_BIAS_OFFSET + element];
-        publish_tile(block, packets.qkv() + row * QKV_PACKETS, tile, sum, tag);
+        publish_floats(block, packets.qkv() + row * QKV_PACKETS, tile, sum, tag);
     });
+    mark(block, layer, MARK_QKV);
     return true;
 }
 
 // reads: qkv, the cache. writes: attention, the rows' own K and V into the cache; for contexts of more than
 // one block of positions first the partial softmaxes, which it then merges. waits for: qkv, the partials.
-__device__ __forceinline__ bool attention(Block& block, const LayerPackets& packets, int layer,
-                                          uint32_t tag) {
-    const PassArgs& args = block.args;
-    const int window = args.layer_windows[layer];
-    uint4* partials = partial_packets(args.exchange);
-    int most_splits = 0;
-    for (int row = 0; row < block.num_rows; ++row) {
-        most_splits = max_of(most_splits, Span(args, row, window).splits());
+__device__ __forceinline__ bool attention(Block& block, int layer) {
+    const LayerPackets packets(block.args.exchange, layer);
+    const uint32_t tag = tag_of(block.args, layer);
+    const ItemList items(block.args, layer);
+    const bool whole = items.most_splits() == 1;
+    const int blocks = static_cast<int>(gridDim.x);
+    for (int i = items.first(); i < items.count(); i += blocks) {
+        const Item item = items[i];
+        if (item.begin >= item.end) continue;
+        if (!attend(block, item, layer, packets, whole, tag, where_of(layer, STAGE_ATTENTION))) return false;
     }
-    constexpr int GROUPS = NUM_KV_HEADS * HEAD_GROUPS;
-    const int items = most_splits * block.num_rows * GROUPS;
-    for (int i = blockIdx.x; i < items; i += gridDim.x) {
-        const int group = i % GROUPS, row = i / GROUPS % block.num_rows, split = i / GROUPS / block.num_rows;
-        const Span span(args, row, window);
-        if (split >= span.splits()) continue;
-        const AttentionItem item(args, layer, row, group, span.first_split() + split, span);
-        if (!attend(block, item, packets, partials, most_splits == 1 ? ONLY_SPLIT : split, tag,
-                    where_of(layer, STAGE_ATTENTION))) {
-            return false;
-        }
-    }
-    if (most_splits == 1) return true;
-    for (int i = blockIdx.x; i < block.num_rows * NUM_HEADS; i += gridDim.x) {
-        const int splits = Span(args, i / NUM_HEADS, window).splits();
-        if (!merge_splits(block, i, splits, partials, packets.attention(), tag,
+    for (int i = items.first(); !whole && i < num_rows(block.args) * NUM_HEADS; i += blocks) {
+        const int row = i / NUM_HEADS;
+        if (!merge_splits(block, i, items.first_split(row), items.splits(row), packets.attention(), tag,
                           where_of(layer, STAGE_MERGE))) {
             return false;
         }
     }
+    mark(block, layer, MARK_ATTENTION);
     return true;
 }
 
 // reads and waits for: attention. writes: mid_hidden.
-__device__ __forceinline__ bool o_proj(Block& block, const LayerPackets& packets, int layer, uint32_t tag) {
+__device__ __forceinline__ bool o_proj(Block& block, int layer) {
+    const LayerPackets packets(block.args.exchange, layer);
+    const uint32_t tag = tag_of(block.args, layer);
     if (own_tiles(OProj::TILES) == 0) return true;
-    if (!receive_bf16<OProj, 6, HEAD_PACKETS, HEAD_DIM>(block, packets.attention(), ATTENTION_PACKETS, tag,
-                                                        where_of(layer, STAGE_O))) {
+    const float* vectors = layer_vectors(block, layer);
+    const NextNorm next(block, vectors + POST_ATTENTION_LAYERNORM_OFFSET);
+    if (!receive_bf16<OProj, 6, HEAD_PACKETS, HEAD_DIM, ATTENTION_PACKETS>(block, packets.attention(), tag,
+                                                                           where_of(layer, STAGE_O))) {
         return false;
     }
-    const float* bias = O_BIAS ? layer_vectors(block, layer) + O_BIAS_OFFSET : nullptr;
-    multiply_into_residual<OProj>(block, bias, packets.mid_hidden(), tag);
+    mark(block, layer, MARK_O_IN);
+    next.keep(block);
+    multiply_into_residual<OProj>(block, O_BIAS ? vectors + O_BIAS_OFFSET : nullptr, packets.mid_hidden(),
+                                  tag);
+    mark(block, layer, MARK_O);
     return true;
 }
 
 // reads and waits for: mid_hidden. writes: activation.
-__device__ __forceinline__ bool norm_gate_up(Block& block, const LayerPackets& packets, int layer,
-                                             uint32_t tag) {
+__device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
+    const LayerPackets packets(block.args.exchange, layer);
+    const uint32_t tag = tag_of(block.args, layer);
     if (own_tiles(GateUpProj::TILES) == 0) return true;
     const float* vectors = layer_vectors(block, layer);
-    if (!receive_normed<GateUpProj>(block, packets.mid_hidden(), vectors + POST_ATTENTION_LAYERNORM_OFFSET,
-                                    tag, where_of(layer, STAGE_GATE_UP))) {
+    if (!receive_residual<GateUpProj>(block, packets.mid_hidden(), tag, where_of(layer, STAGE_GATE_UP))) {
         return false;
     }
+    mark(block, layer, MARK_GATE_UP_IN);
     multiply<GateUpProj>(block, [&](int own_tile, int row, float sum) {
         const int tile = blockIdx.x + own_tile * gridDim.x, output = block.thread % TILE_ROWS;
-        const int base = block.lane & 16;
+        const int base = block.lane() & 16;
         const uint32_t half_warp = 0xffffu << base;
+        sum *= block.shared()->norm_scale[row];
         if (MLP_BIAS) sum += vectors[GATE_UP_BIAS_OFFSET + tile * TILE_ROWS + output];
         const float up = __shfl_sync(half_warp, sum, base + (output + 8) % 16);
         const float x = sum / (1.0f + exp2_approx(-LOG2_E * sum)) * up;  // silu(gate) * up in outputs 0 to 7
@@ -250,61 +304,87 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, const LayerPackets& p
                     pack_bf16x2(x4[0], x4[1]), pack_bf16x2(x4[2], x4[3]), 0, tag);
         }
     });
+    mark(block, layer, MARK_GATE_UP);
     return true;
 }
 
 // reads and waits for: activation. writes: hidden of the next layer.
-__device__ __forceinline__ bool down_proj(Block& block, const LayerPackets& packets, int layer,
-                                          uint32_t tag) {
+__device__ __forceinline__ bool down_proj(Block& block, int layer) {
+    const LayerPackets packets(block.args.exchange, layer);
+    const uint32_t tag = tag_of(block.args, layer);
     if (own_tiles(DownProj::TILES) == 0) return true;
-    if (!receive_bf16<DownProj, 4, BF16_PACKETS, 8>(block, packets.activation(), ACTIVATION_PACKETS, tag,
-                                                    where_of(layer, STAGE_DOWN))) {
+    const float* vectors = layer_vectors(block, layer);
+    const bool last = layer + 1 == NUM_LAYERS;
+    const NextNorm next(block, last ? block.args.norm : vectors + VECTORS_SIZE + INPUT_LAYERNORM_OFFSET);
+    if (!receive_bf16<DownProj, 4, BF16_PACKETS, 8, ACTIVATION_PACKETS>(block, packets.activation(), tag,
+                                                                        where_of(layer, STAGE_DOWN))) {
         return false;
     }
-    const float* bias = MLP_BIAS ? layer_vectors(block, layer) + DOWN_BIAS_OFFSET : nullptr;
-    multiply_into_residual<DownProj>(block, bias, packets.next_hidden(), tag_of(block.args, layer + 1));
+    mark(block, layer, MARK_DOWN_IN);
+    next.keep(block);
+    multiply_into_residual<DownProj>(block, MLP_BIAS ? vectors + DOWN_BIAS_OFFSET : nullptr,
+                                     packets.next_hidden(), tag_of(block.args, layer + 1));
+    mark(block, layer, MARK_DOWN);
     return true;
 }
 
 // reads and waits for: the last hidden. writes: the wanted rows of the logits.
-__device__ __forceinline__ bool norm_lm_head(Block& block, const LayerPackets& packets, uint32_t tag) {
+__device__ __forceinline__ bool norm_lm_head(Block& block) {
+    const LayerPackets packets(block.args.exchange, NUM_LAYERS);
+    const uint32_t tag = tag_of(block.args, NUM_LAYERS);
     if (own_tiles(LmHead::TILES) == 0) return true;
     const PassArgs& args = block.args;
-    if (!receive_normed<LmHead>(block, packets.hidden(), args.norm, tag,
-                                where_of(NUM_LAYERS, STAGE_LM_HEAD))) {
+    if (!receive_residual<LmHead>(block, packets.hidden(), tag, where_of(NUM_LAYERS, STAGE_LM_HEAD))) {
         return false;
     }
+    mark(block, NUM_LAYERS, MARK_QKV_IN);
     multiply<LmHead>(block, [&](int own_tile, int row, float sum) {
         const int token = (blockIdx.x + own_tile * gridDim.x) * TILE_ROWS + block.thread % TILE_ROWS;
         if (token >= VOCAB_SIZE || !(args.logits_rows >> row & 1)) return;
+        sum *= block.shared()->norm_scale[row];
         args.logits[static_cast<uint64_t>(row) * VOCAB_SIZE + token] = sum;
         if (!(fabsf(sum) < -MASKED)) store_relaxed_32(&args.status->non_finite, args.pass);
     });
+    mark(block, NUM_LAYERS, MARK_QKV);
     return true;
 }
 
 // ---- the pass ----
 
-// Grid: cooperative, any number of blocks that are resident together. Block: THREADS threads and
-// SHARED_BYTES of dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) ffmini_pass(const __grid_constant__ PassArgs args) {
-    extern __shared__ __align__(128) uint8_t shared_memory[];
-    Block block(args, shared_memory);
-
-    embed(block, LayerPackets(args.exchange, 0), tag_of(args, 0));
+// False if a wait gave up.
+__device__ __forceinline__ bool run_pass(Block& block) {
+    const PassArgs& args = block.args;
+    embed(block);
+    look_up_angles(block);
 #pragma unroll 1
     for (int layer = 0; layer < NUM_LAYERS; ++layer) {
         block.locate();
-        const LayerPackets packets(args.exchange, layer);
-        const uint32_t tag = tag_of(args, layer);
-        if (!norm_qkv(block, packets, layer, tag)) return;
-        if (!attention(block, packets, layer, tag)) return;
-        if (!o_proj(block, packets, layer, tag)) return;
-        if (!norm_gate_up(block, packets, layer, tag)) return;
-        if (!down_proj(block, packets, layer, tag)) return;
+        if (!norm_qkv(block, opaque(layer))) return false;
+        if (!attention(block, opaque(layer))) return false;
+        if (!o_proj(block, opaque(layer))) return false;
+        if (!norm_gate_up(block, opaque(layer))) return false;
+        if (!down_proj(block, opaque(layer))) return false;
     }
-    if (args.logits_rows == 0) return;
-    norm_lm_head(block, LayerPackets(args.exchange, NUM_LAYERS), tag_of(args, NUM_LAYERS));
+    if (args.logits_rows == 0) return true;
+    return norm_lm_head(block);
+}
+
+// Grid: cooperative, any number of blocks that are resident together. Block: BLOCK_THREADS threads and
+// SHARED_BYTES of dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
+    ffmini_pass(const __grid_constant__ PassArgs args) {
+    extern __shared__ __align__(128) uint8_t shared_memory[];
+#if BULK_COPIES
+    BulkState& state = Block::tail(shared_memory)->ring;
+    if (threadIdx.x == 0) state.initialize();
+    __syncthreads();
+    if (threadIdx.x >= THREADS) {
+        fill_rings<RING_SLOTS>(args, state, shared_memory + FIXED_BYTES);
+        return;
+    }
+#endif
+    Block block(args, shared_memory);
+    if (!run_pass(block)) block.stream.abandon();
 }
 
 // What the host must know of this build, read from the loaded module.
@@ -314,8 +394,9 @@ struct BuildInfo {
     uint32_t threads;
     uint32_t ring_slots;
     uint32_t args_bytes;
+    uint32_t marks;
 };
 extern "C" {
-__constant__ BuildInfo ffmini_build_info = {EXCHANGE_PACKETS, SHARED_BYTES, THREADS, RING_SLOTS,
-                                            sizeof(PassArgs)};
+__constant__ BuildInfo ffmini_build_info = {EXCHANGE_PACKETS, SHARED_BYTES,     BLOCK_THREADS,
+                                            RING_SLOTS,       sizeof(PassArgs), MARKS};
 }

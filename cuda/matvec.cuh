@@ -10,6 +10,8 @@
 // A new weight format is one more of these: load(slot, j, lane) gives the two k-steps' fragments, flush()
 // applies the scales of a finished group.
 
+constexpr int COLUMNS = min_of(ROWS, 2);  // of a lane's two accumulator columns, those that some row has
+
 template <class M, int BITS = M::BITS>
 struct Dequant;
 
@@ -45,28 +47,29 @@ struct Dequant<M, 8> {
 
     // sum += scale * part for the group whose scales are at `scales` (fp16 [16 rows]).
     static __device__ void flush(float (&sum)[4], const float (&part)[4], const uint8_t* scales, int lane,
-                                 const float (&)[2]) {
+                                 const float*) {
         const uint16_t* row = reinterpret_cast<const uint16_t*>(scales) + lane / 4;
-        const float top = half_to_float(row[0]), bottom = half_to_float(row[8]);
-        sum[0] = fmaf(top, part[0], sum[0]);
-        sum[1] = fmaf(top, part[1], sum[1]);
-        sum[2] = fmaf(bottom, part[2], sum[2]);
-        sum[3] = fmaf(bottom, part[3], sum[3]);
+        for (int half = 0; half < 2; ++half) {
+            const float scale = half_to_float(row[8 * half]);
+            for (int c = 0; c < COLUMNS; ++c)
+                sum[2 * half + c] = fmaf(scale, part[2 * half + c], sum[2 * half + c]);
+        }
     }
 };
 
 template <class M>
 struct Dequant<M, 4> {
-    uint4 line;
+    const uint32_t mask =
+        static_cast<uint32_t>(opaque(0x00780078));  // in a register, not made anew each time
 
     // A nibble in mantissa bits 3 to 6 of 0x4180 is 16 + q exactly; flush() takes the 16 out again.
-    static __device__ uint32_t pair(uint32_t word, int nibble) {
-        const uint32_t shifted = nibble == 0 ? word << 3 : word >> (4 * nibble - 3);
-        return (shifted & 0x00780078) | 0x41804180;
+    __device__ uint32_t pair(uint32_t word, int nibble) const {
+        return mask_or(nibble == 0 ? word << 3 : word >> (4 * nibble - 3), mask, 0x41804180);
     }
 
     __device__ void load(const uint8_t* slot, int j, int lane, uint32_t (&a)[2][4]) {
-        if (j % 2 == 0) line = *reinterpret_cast<const uint4*>(slot + j / 2 * LINE_BYTES + lane * 16);
+        const uint4 line =
+            *reinterpret_cast<const uint4*>(slot + j / 2 * LINE_BYTES + lane * 16);  // once for both halves
         for (int r = 0; r < 4; ++r) {
             a[0][r] = pair(j % 2 == 0 ? line.x : line.z, r);
             a[1][r] = pair(j % 2 == 0 ? line.y : line.w, r);
@@ -76,12 +79,12 @@ struct Dequant<M, 4> {
     // sum += scale * (part - (16 + zero) * group_sum): part holds the products with 16 + q, group_sum the
     // group's activations of columns 2t and 2t + 1. Scales are fp16 [16 rows][scale, zero].
     static __device__ void flush(float (&sum)[4], const float (&part)[4], const uint8_t* scales, int lane,
-                                 const float (&group_sum)[2]) {
+                                 const float* group_sum) {
         const uint32_t* row = reinterpret_cast<const uint32_t*>(scales) + lane / 4;
         for (int half = 0; half < 2; ++half) {
             const float scale = half_to_float(static_cast<uint16_t>(row[8 * half]));
             const float offset = -(16.0f + half_to_float(static_cast<uint16_t>(row[8 * half] >> 16)));
-            for (int c = 0; c < 2; ++c) {
+            for (int c = 0; c < COLUMNS; ++c) {
                 sum[2 * half + c] =
                     fmaf(scale, fmaf(offset, group_sum[c], part[2 * half + c]), sum[2 * half + c]);
             }
@@ -89,71 +92,112 @@ struct Dequant<M, 4> {
     }
 };
 
-// ---- one unit: 16 outputs, one segment ----
+// ---- activations ----
 
-// The sums of activations that a lane's accumulator columns need for group `group`.
-template <class M>
-__device__ __forceinline__ void load_group_sum(const Block& block, int group, float (&group_sum)[2]) {
-    for (int c = 0; c < 2; ++c) {
-        const int column = 2 * (block.lane % 4) + c;
-        group_sum[c] = 0.0f;
-        if (M::BITS == 4 && column < block.num_rows) {
-            group_sum[c] = block.shared->group_sum[column * MAX_GROUPS + group];
-        }
-    }
+// The B fragments of the 32 k from k0 on, of two k-steps: {x, y} and {z, w}. Columns without a row repeat the
+// last.
+__device__ __forceinline__ uint4 load_activations(const Block& block, int k0) {
+    const int row = min_of(block.lane() / 4, num_rows(block.args) - 1);
+    const uint16_t* at = block.activations() + row * ACTIVATION_STRIDE + k0 + 8 * (block.lane() % 4);
+    return *reinterpret_cast<const uint4*>(at);
 }
+
+// What a format needs to know of a segment's activations besides themselves: nothing, as a rule.
+template <class M, int BITS = M::BITS>
+struct SegmentSums {
+    __device__ void update(const Block&, int) {}
+    __device__ const float* group(const Block&, int) const { return nullptr; }
+};
+
+// int4: per group their sum, in the columns of a lane's accumulators. It is what mma makes of weights of one,
+// so its bits do not depend on the other rows. A warp mostly stays with a segment from tile to tile. The sums
+// lie in shared memory, [warp][group][row]: registers are short, and have no run-time index.
+template <class M>
+struct SegmentSums<M, 4> {
+    int segment = -1;
+
+    __device__ void update(const Block& block, int next) {
+        if (next == segment) return;
+        segment = next;
+        const uint32_t ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+        __syncwarp();
+#pragma unroll
+        for (int g = 0; g < SEGMENT / M::GROUP; ++g) {
+            float d[4] = {};
+#pragma unroll
+            for (int j = 0; j < M::GROUP / 32; ++j) {
+                const int k = segment * SEGMENT + g * M::GROUP + 32 * j;
+                if (M::K_PAD % SEGMENT != 0 && k >= M::K_PAD) break;
+                const uint4 b = load_activations(block, k);
+                mma_16x8x16(d, ones, b.x, b.y);
+                mma_16x8x16(d, ones, b.z, b.w);
+            }
+            float* sums = at(block, g);
+            if (block.lane() < 4) sums[0] = d[0], sums[1] = d[1];
+        }
+        __syncwarp();
+    }
+    __device__ const float* group(const Block& block, int g) const { return at(block, g); }
+
+  private:
+    static __device__ float* at(const Block& block, int g) {
+        return block.shared()->segment_sum + (block.warp() * (SEGMENT / M::GROUP) + g) * MAX_ROWS +
+               2 * (block.lane() % 4);
+    }
+};
+
+// ---- one unit: 16 outputs, one segment ----
 
 // sum += the products of one slot, which covers k0 <= k < k0 + K.
 template <class M, int K>
 __device__ __forceinline__ void multiply_slot(const Block& block, const uint8_t* slot, int k0,
-                                              float (&sum)[4]) {
-    constexpr int GROUP = M::BITS == 16 ? K : min_of(M::GROUP, K);
-    const int column = block.lane / 4;
-    const uint16_t* activations = block.activations + column * ACTIVATION_STRIDE + k0 + 8 * (block.lane % 4);
-    Dequant<M> dequant;
-    float part[4] = {};
+                                              const SegmentSums<M>& sums, float (&sum)[4]) {
+    constexpr int RUN =
+        M::BITS == 16 ? K : min_of(M::GROUP, K);  // of k, whose products one accumulator takes
+    constexpr int RUN_BYTES = RUN * M::BITS / 8 * TILE_ROWS;
+    const uint8_t* scales = slot + K * M::BITS / 8 * TILE_ROWS;
 #pragma unroll 2
-    for (int j = 0; j < K / 32; ++j) {
-        uint4 b = make_uint4(0, 0, 0, 0);
-        if (column < block.num_rows) b = *reinterpret_cast<const uint4*>(activations + 32 * j);
-        uint32_t a[2][4];
-        dequant.load(slot, j, block.lane, a);
-        if constexpr (M::BITS == 16) {
-            mma_16x8x16(sum, a[0], b.x, b.y);
-            mma_16x8x16(sum, a[1], b.z, b.w);
-        } else {
-            mma_16x8x16(part, a[0], b.x, b.y);
-            mma_16x8x16(part, a[1], b.z, b.w);
-            if ((j + 1) * 32 % GROUP == 0 || j + 1 == K / 32) {
-                const int group = j * 32 / GROUP;
-                float group_sum[2];
-                load_group_sum<M>(block, k0 / M::GROUP + group, group_sum);
-                dequant.flush(sum, part,
-                              slot + K * M::BITS / 8 * TILE_ROWS + group * TILE_ROWS * M::SCALE_BYTES,
-                              block.lane, group_sum);
-                for (int i = 0; i < 4; ++i) part[i] = 0.0f;
-            }
+    for (int run = 0; run < ceil_div(K, RUN); ++run) {
+        Dequant<M> dequant;
+        float part[4] = {};
+        constexpr bool HALF_LINES = M::BITS == 4 && RUN < 64;  // a line of int4 holds 64 k
+        const uint8_t* lines = slot + (HALF_LINES ? run / 2 * 2 : run) * RUN_BYTES;
+#pragma unroll
+        for (int j = 0; j < RUN / 32; ++j) {
+            if (K % RUN != 0 && run * RUN + j * 32 >= K) break;
+            const uint4 b = load_activations(block, k0 + run * RUN + 32 * j);
+            uint32_t a[2][4];
+            dequant.load(lines, HALF_LINES ? run % 2 : j, block.lane(), a);
+            float (&target)[4] = M::BITS == 16 ? sum : part;
+            mma_16x8x16(target, a[0], b.x, b.y);
+            mma_16x8x16(target, a[1], b.z, b.w);
+        }
+        if constexpr (M::BITS < 16) {
+            Dequant<M>::flush(sum, part, scales + run * TILE_ROWS * M::SCALE_BYTES, block.lane(),
+                              sums.group(block, run));
         }
     }
 }
 
 // Multiplies the warp's next unit of the stream into part[row][output of the tile].
 template <class M>
-__device__ __forceinline__ void multiply_unit(Block& block, int segment, float* part) {
+__device__ __forceinline__ void multiply_unit(Block& block, int segment, SegmentSums<M>& sums, float* part) {
+    sums.update(block, segment);
     float sum[4] = {};
     const int first = segment * M::SLOTS_PER_SEGMENT;
     const int last = min_of(first + M::SLOTS_PER_SEGMENT, M::SLOTS);
+#pragma unroll 1
     for (int slot = first; slot < last; ++slot) {
-        const uint8_t* bytes = block.weights.wait();
+        const uint8_t* bytes = block.stream.wait();
         if (M::TAIL_K == M::SLOT_K || slot + 1 < M::SLOTS) {
-            multiply_slot<M, M::SLOT_K>(block, bytes, slot * M::SLOT_K, sum);
+            multiply_slot<M, M::SLOT_K>(block, bytes, slot * M::SLOT_K, sums, sum);
         } else {
-            multiply_slot<M, M::TAIL_K>(block, bytes, slot * M::SLOT_K, sum);
+            multiply_slot<M, M::TAIL_K>(block, bytes, slot * M::SLOT_K, sums, sum);
         }
-        block.weights.release();
+        block.stream.release(sum[0] + sum[2]);
     }
-    const int column = 2 * (block.lane % 4), output = block.lane / 4;
-    for (int c = 0; c < 2; ++c) {
+    const int column = 2 * (block.lane() % 4), output = block.lane() / 4;
+    for (int c = 0; c < COLUMNS; ++c) {
         if (column + c < ROWS) {
             part[(column + c) * TILE_ROWS + output] = sum[c];
             part[(column + c) * TILE_ROWS + output + 8] = sum[2 + c];
@@ -167,19 +211,20 @@ __device__ __forceinline__ void multiply_unit(Block& block, int segment, float* 
 // epilogue(own tile, row, value) in half warps, lane % 16 being the output; one that goes on in the next
 // round is carried.
 template <class M, class Epilogue>
-__device__ __forceinline__ void add_segments(Block& block, int first, int last, int parity,
+__device__ __forceinline__ void add_segments(Block& block, const float* part, int first, int last, int parity,
                                              Epilogue epilogue) {
     const int first_tile = first / M::SEGMENTS;
-    const int jobs = (ceil_div(last, M::SEGMENTS) - first_tile) * block.num_rows;
+    const int jobs = (ceil_div(last, M::SEGMENTS) - first_tile) * num_rows(block.args);
     const int output = block.thread % TILE_ROWS;
     for (int job = block.thread / TILE_ROWS; job < jobs; job += THREADS / TILE_ROWS) {
-        const int tile = first_tile + job / block.num_rows, row = job % block.num_rows;
+        const int tile = first_tile + job / num_rows(block.args), row = job % num_rows(block.args);
         const int begin = max_of(first, tile * M::SEGMENTS), end = min_of(last, (tile + 1) * M::SEGMENTS);
         const bool starts = begin == tile * M::SEGMENTS;
-        float* carry = block.shared->carry + row * TILE_ROWS + output;
+        float* carry = block.shared()->carry + row * TILE_ROWS + output;
         float sum = starts ? 0.0f : carry[parity * ROWS * TILE_ROWS];
+#pragma unroll 8
         for (int unit = begin; unit < end; ++unit) {
-            sum += block.shared->part[((unit - first) * ROWS + row) * TILE_ROWS + output];
+            sum += part[((unit - first) * ROWS + row) * TILE_ROWS + output];
         }
         if (end == (tile + 1) * M::SEGMENTS) {
             epilogue(tile, row, sum);
@@ -190,46 +235,22 @@ __device__ __forceinline__ void add_segments(Block& block, int first, int last, 
 }
 
 // Runs the block's share of M times its activations. All threads call it, with the activations in place.
+// Rounds take turns with two buffers: whoever adds up a round is done with it before anyone begins the next
+// but one.
 template <class M, class Epilogue>
 __device__ __forceinline__ void multiply(Block& block, Epilogue epilogue) {
     const int units = own_tiles(M::TILES) * M::SEGMENTS;
+    SegmentSums<M> sums;
     int parity = 0;
     for (int first = 0; first < units; first += ROUND_UNITS) {
         const int last = min_of(first + ROUND_UNITS, units);
-        for (int unit = first + block.warp; unit < last; unit += WARPS) {
-            multiply_unit<M>(block, unit % M::SEGMENTS,
-                             block.shared->part + (unit - first) * ROWS * TILE_ROWS);
+        float* part = block.shared()->part + parity * ROUND_UNITS * ROWS * TILE_ROWS;
+        for (int unit = first + block.warp(); unit < last; unit += WARPS) {
+            multiply_unit<M>(block, unit % M::SEGMENTS, sums, part + (unit - first) * ROWS * TILE_ROWS);
+            block.stream.refill();
         }
-        __syncthreads();
-        add_segments<M>(block, first, last, parity, epilogue);
-        __syncthreads();
+        sync_threads<THREADS>();
+        add_segments<M>(block, part, first, last, parity, epilogue);
         parity ^= 1;
-    }
-}
-
-// Fills the group sums of M's input (int4 only): eight lanes add a group's activations, each a run of
-// GROUP / 8, then the eight runs in a fixed tree. Ends with a barrier.
-template <class M>
-__device__ __forceinline__ void sum_groups(Block& block) {
-    if constexpr (M::BITS == 4) {
-        constexpr int RUN = M::GROUP / 8;
-        const int jobs = round_up(M::GROUPS * block.num_rows, THREADS / 8);
-        for (int job = block.thread / 8; job < jobs; job += THREADS / 8) {
-            const int row = job / M::GROUPS, group = job % M::GROUPS;
-            float sum = 0.0f;
-            if (row < block.num_rows) {
-                const int k = group * M::GROUP + block.thread % 8 * RUN;
-                for (int i = 0; i < RUN; ++i) {
-                    if (k + i >= M::K_PAD) break;
-                    const uint32_t bits = block.activations[row * ACTIVATION_STRIDE + k + i];
-                    sum += __uint_as_float(bits << 16);
-                }
-            }
-            for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
-            if (row < block.num_rows && block.thread % 8 == 0) {
-                block.shared->group_sum[row * MAX_GROUPS + group] = sum;
-            }
-        }
-        __syncthreads();
     }
 }

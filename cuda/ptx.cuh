@@ -14,6 +14,11 @@ __device__ __forceinline__ int opaque(int x) {
     return x;
 }
 
+// The address of shared memory as PTX wants it.
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
 // d += a * b for one 16 x 16 by 16 x 8 step of bf16 operands, accumulated in fp32. With g = lane / 4 and
 // t = lane % 4: a holds rows {g, g+8} at k {2t, 2t+1} in a[0], a[1] and at k {2t+8, 2t+9} in a[2], a[3];
 // b0 holds column g at k {2t, 2t+1}, b1 at k {2t+8, 2t+9}; d[0], d[1] are row g at columns {2t, 2t+1},
@@ -24,6 +29,30 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
         "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same for a 16 x 8 by 8 x 8 step: a[0], a[1] hold rows {g, g+8} at k {2t, 2t+1}, b column g at the same.
+__device__ __forceinline__ void mma_16x8x8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// Two 8 x 8 matrices of 16-bit elements, transposed: lane i < 16 gives the address (16-byte aligned) of row
+// i % 8 of matrix i / 8; lane 4g + t receives of each the elements of column g in rows 2t (low) and 2t + 1.
+__device__ __forceinline__ void load_transposed(uint32_t (&d)[2], const void* shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(d[0]), "=r"(d[1])
+                 : "r"(shared_address(shared))
+                 : "memory");
+}
+
+// (x & mask) | bits, as one instruction whose mask stays in a register.
+__device__ __forceinline__ uint32_t mask_or(uint32_t x, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(x), "r"(mask), "r"(bits));
+    return d;
 }
 
 // a * b + c in each bf16 half, rounded once.
@@ -57,8 +86,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
 // Starts copying 16 bytes from global to shared memory (both 16-byte aligned), past the L1. They may land
 // at any time until the wait that covers them.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+                 : "memory");
 }
 
 // Closes this thread's current group of copies (an empty one counts too).
@@ -72,6 +101,122 @@ template <int PENDING>
 __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+
+// True, in all lanes, once every lane has its `value`: instructions that depend on it, in a way that the
+// assembler can't see through (the number of threads is never 0). Loads that the value was made of have then
+// been served. Without it an arrival can overtake a load that was asked for before it (seen on an H100 with
+// ldmatrix), and what follows from the arrival overwrite what the load was to read.
+__device__ __forceinline__ bool all_have(float value) {
+    uint32_t all;
+    asm volatile(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %%ntid.x; or.b32 t, t, %1; setp.ne.u32 p, t, 0; "
+        "vote.sync.all.pred p, p, 0xffffffff; selp.u32 %0, 1, 0, p; }"
+        : "=r"(all)
+        : "r"(__float_as_uint(value))
+        : "memory");
+    return all != 0;
+}
+
+// ---- bulk copies and the barriers in shared memory that count them (sm_90 and newer) ----
+// A barrier is 8 bytes, in a phase of parity 0 at first. A phase ends when `count` arrivals were made and all
+// announced bytes have landed; the next one begins.
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Makes this thread's mbarrier_init visible to copies; other threads see it after they have met this one.
+__device__ __forceinline__ void mbarrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// One arrival; what this thread did before it is visible to whoever sees the phase end.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// One arrival that announces `bytes` bytes of copies, which end the phase when they have landed.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+// Whether the phase of this parity has ended (the current one has the other parity).
+__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return done != 0;
+}
+
+// The same; may put the thread to sleep for a while first.
+__device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return done != 0;
+}
+
+// For copy_bulk: what is read once makes room in the L2 before anything else.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Starts copying `bytes` (a multiple of 16, as both addresses) to shared memory; they count for `barrier`.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+                                          uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+        "[%3], "
+        "%4;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+        : "memory");
+}
+
+// ---- meeting of a part of the block ----
+
+// The first COUNT threads of the block, whole warps, wait for each other.
+template <int COUNT>
+__device__ __forceinline__ void sync_threads() {
+    asm volatile("barrier.sync 1, %0;" ::"n"(COUNT) : "memory");
+}
+
+// The same; whether any of them brought true.
+template <int COUNT>
+__device__ __forceinline__ bool sync_threads_or(bool value) {
+    uint32_t any;
+    asm volatile(
+        "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.red.or.pred q, 1, %2, p; selp.u32 %0, 1, 0, q; }"
+        : "=r"(any)
+        : "r"(static_cast<uint32_t>(value)), "n"(COUNT)
+        : "memory");
+    return any != 0;
+}
+
+// One access to a word of shared memory, not ordered against any other.
+__device__ __forceinline__ uint32_t load_relaxed_shared(const uint32_t* p) {
+    uint32_t v;
+    asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_relaxed_shared(uint32_t* p, uint32_t v) {
+    asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory");
+}
+
+// Ends the kernel with an error of the device.
+__device__ __forceinline__ void trap() {
+    asm volatile("trap;");
+}
+
+// ---- memory that blocks share ----
 
 // One 16-byte access, whole or not at all, not ordered against any other.
 __device__ __forceinline__ uint4 load_relaxed_128(const uint4* p) {

@@ -1,17 +1,21 @@
-// The weights as one endless stream per warp. They never change, so a warp fetches ahead over every stage
-// and layer border; only its ring's depth limits it, never an activation that is still missing.
+// What a pass reads of weights and earlier keys and values, as one endless stream per warp. None of it
+// changes during the pass, so a warp's stream runs ahead over every stage and layer border; only its ring's
+// depth limits it, never an activation that is still missing.
+//
+// Two rings with one interface: BulkRing with bulk copies (sm_90 and newer) and CopyRing with copies of 16
+// bytes. Every call is made by the whole warp.
 #pragma once
 
-#include "config.cuh"
+#include "items.cuh"
 
 enum Stage {
     STAGE_QKV,
+    STAGE_ATTENTION,
     STAGE_O,
     STAGE_GATE_UP,
     STAGE_DOWN,
     STAGE_LM_HEAD,
     NUM_STAGES,
-    STAGE_ATTENTION,
     STAGE_MERGE
 };
 
@@ -29,15 +33,19 @@ constexpr MatrixShape shape_of(uint64_t offset) {
 
 __constant__ MatrixShape SHAPES[NUM_STAGES] = {
     shape_of<QkvProj>(0),
+    {},
     shape_of<OProj>(QkvProj::BYTES),
     shape_of<GateUpProj>(QkvProj::BYTES + OProj::BYTES),
     shape_of<DownProj>(QkvProj::BYTES + OProj::BYTES + GateUpProj::BYTES),
     shape_of<LmHead>(0),
 };
 
-constexpr int SLOT_CAPACITY = max_of(max_of(max_of(QkvProj::SLOT_BYTES, OProj::SLOT_BYTES),
-                                            max_of(GateUpProj::SLOT_BYTES, DownProj::SLOT_BYTES)),
-                                     LmHead::SLOT_BYTES);
+constexpr int SLOT_CAPACITY = round_up(max_of(max_of(max_of(QkvProj::SLOT_BYTES, OProj::SLOT_BYTES),
+                                                     max_of(GateUpProj::SLOT_BYTES, DownProj::SLOT_BYTES)),
+                                              max_of(LmHead::SLOT_BYTES, KV_SLOT_BYTES)),
+                                       16);
+
+constexpr int MAX_RING_SLOTS = 8;
 
 // How many tiles of a matrix this block multiplies: block, block + gridDim.x, ...
 __device__ __forceinline__ int own_tiles(int tiles) {
@@ -45,87 +53,276 @@ __device__ __forceinline__ int own_tiles(int tiles) {
            static_cast<int>(gridDim.x);
 }
 
-// One warp's ring of SLOTS slots in shared memory and the cursor that fills it. A block's work in a stage
-// is a list of units, one per (own tile, segment of k), segments innermost; warp w takes units w, w + WARPS,
-// ... Every call is made by the whole warp.
-template <int SLOTS>
-class WeightStream {
+// ---- the order of a warp's stream ----
+
+// Walks over the slots that one warp consumes in a pass. In a stage with a matrix a block's work is a list of
+// units, one per (own tile, segment of k), segments innermost; warp w takes units w, w + WARPS, ... In
+// attention the units are the keys and then the values of the warp's tile of each of the block's items. It
+// lies in shared memory: it is looked at once per slot, and registers are short.
+class Cursor {
   public:
-    // Starts the first SLOTS fetches.
-    __device__ WeightStream(const PassArgs& args, uint8_t* ring) : args_(args), ring_(ring) {
-        unit_ = warp();
-        seek();
-        for (int slot = 0; slot < SLOTS; ++slot) fetch(slot);
+    __device__ void start(const PassArgs& args, int warp) {
+        warp_ = warp, layer_ = 0, stage_ = STAGE_QKV;
+        if (!enter_stage(args)) cross(args);
     }
 
-    // The oldest fetched slot, once it has landed.
-    __device__ const uint8_t* wait() {
-        copy_async_wait<SLOTS - 1>();
-        __syncwarp();
-        return ring_ + head_ * SLOT_CAPACITY;
+    // Whether a slot is known. If not, cross() goes on to the next stage or layer, or the stream is at its
+    // end.
+    __device__ bool has_slot() const { return slots_left_ > 0; }
+    __device__ const uint8_t* source() const { return next_; }
+    __device__ int bytes() const { return slots_left_ == 1 ? last_bytes_ : slot_bytes_; }
+
+    __device__ void advance() {
+        next_ += slot_bytes_;
+        if (--slots_left_ == 0 && stage_ != STAGE_ATTENTION) next_segment();
     }
 
-    // Gives the slot of the last wait() back; the next of the stream is fetched into it.
-    __device__ void release() {
-        __syncwarp();
-        fetch(head_);
-        head_ = head_ + 1 == SLOTS ? 0 : head_ + 1;
-    }
-
-  private:
-    __device__ void fetch(int slot) {
-        if (slots_left_ > 0) {
-            const MatrixShape& shape = SHAPES[stage_];
-            const bool tail = ends_tile_ && slots_left_ == 1;
-            const int bytes = tail ? shape.tail_bytes : shape.slot_bytes;
-            for (int at = lane() * 16; at < bytes; at += LINE_BYTES) {
-                copy_async_16(ring_ + slot * SLOT_CAPACITY + at, next_ + at);
-            }
-            next_ += bytes;
-            if (--slots_left_ == 0) {
-                unit_ += WARPS;
-                seek();
-            }
-        }
-        copy_async_commit();
-    }
-
-    // Moves to the next stage in which this warp has a unit, and to that unit's first slot. At the end of
-    // the stream slots_left_ stays 0.
-    __device__ void seek() {
-        slots_left_ = 0;
-        while (unit_ >= own_tiles(SHAPES[stage_].tiles) * SHAPES[stage_].segments) {
-            unit_ = warp();
+    // Moves to the next unit, which is not of the same matrix. It takes registers: not to be called in an
+    // inner loop.
+    __device__ void cross(const PassArgs& args) {
+        if (stage_ == STAGE_ATTENTION && next_keys_or_values(args)) return;
+        do {
             if (stage_ == STAGE_LM_HEAD) return;
             if (++stage_ == STAGE_LM_HEAD) {
                 if (++layer_ < NUM_LAYERS) {
                     stage_ = STAGE_QKV;
-                } else if (args_.logits_rows == 0) {
+                } else if (args.logits_rows == 0) {
                     return;
                 }
             }
-        }
-        const MatrixShape& shape = SHAPES[stage_];
-        const int tile = unit_ / shape.segments, segment = unit_ % shape.segments;
-        const uint8_t* matrix =
-            stage_ == STAGE_LM_HEAD
-                ? args_.lm_head
-                : args_.layers + static_cast<uint64_t>(layer_) * LAYER_BYTES + shape.offset;
-        const uint64_t row = blockIdx.x + static_cast<uint64_t>(tile) * gridDim.x;
-        const int slot = segment * shape.slots_per_segment;
-        next_ = matrix + row * shape.tile_bytes + slot * shape.slot_bytes;
-        ends_tile_ = segment + 1 == shape.segments;
-        slots_left_ = ends_tile_ ? shape.slots - slot : shape.slots_per_segment;
+        } while (!enter_stage(args));
     }
 
-    __device__ int warp() const { return threadIdx.x / 32; }
-    __device__ int lane() const { return threadIdx.x % 32; }
+    __device__ void stop() { slots_left_ = 0; }
+
+  private:
+    // Moves to the warp's first unit of the stage; false if it has none.
+    __device__ bool enter_stage(const PassArgs& args) {
+        slots_left_ = 0;
+        if (stage_ == STAGE_ATTENTION) {
+            unit_ = -1;
+            return next_keys_or_values(args);
+        }
+        const MatrixShape& shape = SHAPES[stage_];
+        matrix_ = stage_ == STAGE_LM_HEAD
+                      ? args.lm_head
+                      : args.layers + static_cast<uint64_t>(layer_) * LAYER_BYTES + shape.offset;
+        unit_ = blockIdx.x;
+        segment_ = warp_ - WARPS;
+        return next_segment();
+    }
+
+    // Here unit_ is the tile, counted in the matrix.
+    __device__ bool next_segment() {
+        const MatrixShape& shape = SHAPES[stage_];
+        for (segment_ += WARPS; segment_ >= shape.segments; segment_ -= shape.segments) unit_ += gridDim.x;
+        if (unit_ >= shape.tiles) return false;
+        const bool ends_tile = segment_ + 1 == shape.segments;
+        const int slot = segment_ * shape.slots_per_segment;
+        next_ = matrix_ + static_cast<uint64_t>(unit_) * shape.tile_bytes + slot * shape.slot_bytes;
+        slot_bytes_ = shape.slot_bytes;
+        last_bytes_ = ends_tile ? shape.tail_bytes : shape.slot_bytes;
+        slots_left_ = ends_tile ? shape.slots - slot : shape.slots_per_segment;
+        return true;
+    }
+
+    // Here unit_ counts the block's items twice: keys, values.
+    __device__ bool next_keys_or_values(const PassArgs& args) {
+        const ItemList items(args, layer_);
+        for (;;) {
+            ++unit_;
+            const int index = items.first() + unit_ / 2 * static_cast<int>(gridDim.x);
+            if (index >= items.count()) return false;
+            const Item item = items[index];
+            const int positions = item.tile_positions(warp_);
+            if (positions == 0) continue;
+            const uint16_t* cache = unit_ % 2 == 0 ? args.key_cache : args.value_cache;
+            next_ = reinterpret_cast<const uint8_t*>(cache +
+                                                     item.cache_offset(args, layer_, item.tile_begin(warp_)));
+            slots_left_ = ceil_div(positions, KV_SLOT);
+            slot_bytes_ = KV_SLOT_BYTES;
+            last_bytes_ = (positions - (slots_left_ - 1) * KV_SLOT) * HEAD_DIM * 2;
+            return true;
+        }
+    }
+
+    const uint8_t* next_;
+    int slots_left_;  // of the unit; 0 only at the end of the stream
+    int slot_bytes_, last_bytes_;
+    int warp_, layer_, stage_, unit_, segment_;
+    const uint8_t* matrix_;
+};
+
+// ---- the rings: one for each warp, of SLOTS slots in shared memory ----
+
+// What CopyRing keeps in shared memory besides its slots.
+struct CopyState {
+    Cursor cursor[WARPS];
+};
+
+// All lanes of the warp itself fetch, 16 bytes each.
+template <int SLOTS>
+class CopyRing {
+  public:
+    // Starts the first SLOTS fetches.
+    __device__ CopyRing(const PassArgs& args, CopyState& state, uint8_t* slots)
+        : args_(args),
+          cursor_(state.cursor[threadIdx.x / 32]),
+          slots_(slots + threadIdx.x / 32 * SLOTS * SLOT_CAPACITY) {
+        if (threadIdx.x % 32 == 0) cursor_.start(args_, threadIdx.x / 32);
+        refill();
+    }
+
+    // The oldest fetched slot, once it has landed.
+    __device__ const uint8_t* wait() {
+        copy_async_wait<SLOTS - 1>();  // at least as many groups were closed since, see release()
+        __syncwarp();
+        return slots_ + head_ * SLOT_CAPACITY;
+    }
+
+    // Gives the slot of the last wait() back; the next of the stream, if it is of the same matrix, is fetched
+    // into it. A group of copies is closed for every slot given back, be it empty. `result` is what became of
+    // the slot: made of everything that the lane has read there.
+    __device__ void release(float result) {
+        if (!all_have(result)) return;
+        __syncwarp();
+        head_ = next(head_);
+        if (++empty_ == 1 && cursor_.has_slot()) {
+            fetch();
+        } else {
+            copy_async_commit();
+        }
+    }
+
+    // Fetches over the border of a stage too. To be called between units.
+    __device__ void refill() {
+        while (empty_ > 0) {
+            __syncwarp();
+            if (!cursor_.has_slot()) {
+                __syncwarp();
+                if (threadIdx.x % 32 == 0) cursor_.cross(args_);
+                __syncwarp();
+                if (!cursor_.has_slot()) break;
+            }
+            fetch();
+        }
+        for (int slot = 0; slot < empty_; ++slot) copy_async_commit();  // at the end of the stream
+    }
+
+    // Before the block leaves early: no copy may land in the shared memory of another.
+    __device__ void abandon() { copy_async_wait<0>(); }
+
+  private:
+    static __device__ int next(int slot) { return slot + 1 == SLOTS ? 0 : slot + 1; }
+
+    __device__ void fetch() {
+        const uint8_t* source = cursor_.source();
+        const int bytes = cursor_.bytes();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) cursor_.advance();
+        for (int at = threadIdx.x % 32 * 16; at < bytes; at += LINE_BYTES) {
+            copy_async_16(slots_ + tail_ * SLOT_CAPACITY + at, source + at);
+        }
+        copy_async_commit();
+        tail_ = next(tail_);
+        --empty_;
+    }
 
     const PassArgs& args_;
-    uint8_t* ring_;
-    const uint8_t* next_ = nullptr;
-    int head_ = 0;                              // the oldest slot
-    int layer_ = 0, stage_ = STAGE_QKV, unit_;  // what the cursor fetches next
-    int slots_left_ = 0;                        // of its unit; 0 only at the end of the stream
-    bool ends_tile_ = false;
+    Cursor& cursor_;
+    uint8_t* slots_;
+    int head_ = 0, tail_ = 0;  // the oldest slot, the next to be filled
+    int empty_ = SLOTS;        // given back and not filled
 };
+
+// What BulkRing keeps in shared memory besides its slots: for each slot, barriers whose phases end when it is
+// full and when it is empty again.
+struct BulkState {
+    uint64_t full[WARPS][MAX_RING_SLOTS];
+    uint64_t empty[WARPS][MAX_RING_SLOTS];
+    uint32_t abandoned;  // the block leaves the pass early
+
+    // By one thread; the block's next barrier shows it to the others.
+    __device__ void initialize() {
+        for (int i = 0; i < WARPS * MAX_RING_SLOTS; ++i) {
+            mbarrier_init(full[0] + i, 1);
+            mbarrier_init(empty[0] + i, 1);
+        }
+        abandoned = 0;
+        mbarrier_init_fence();
+    }
+};
+
+// A copy always lands: one that does not within so many polls, each of which may sleep, is a fault.
+__device__ __forceinline__ void await_copy(uint64_t* full, uint32_t parity) {
+    for (uint32_t polls = 0; !mbarrier_try_wait(full, parity); ++polls) {
+        if (polls == 1u << 26) trap();
+    }
+}
+
+// A warp's end of the ring that fill_rings() fills for it.
+template <int SLOTS>
+class BulkRing {
+  public:
+    __device__ BulkRing(const PassArgs&, BulkState& state, uint8_t* slots)
+        : state_(state), slots_(slots + threadIdx.x / 32 * SLOTS * SLOT_CAPACITY) {}
+
+    __device__ const uint8_t* wait() {
+        await_copy(state_.full[threadIdx.x / 32] + head_, parity_);
+        return slots_ + head_ * SLOT_CAPACITY;
+    }
+
+    __device__ void release(float result) {
+        const bool served = all_have(result);
+        __syncwarp();
+        if (served && threadIdx.x % 32 == 0) mbarrier_arrive(state_.empty[threadIdx.x / 32] + head_);
+        if (++head_ == SLOTS) head_ = 0, parity_ ^= 1;
+    }
+
+    __device__ void refill() {}
+
+    __device__ void abandon() { store_relaxed_shared(&state_.abandoned, 1); }
+
+  private:
+    BulkState& state_;
+    uint8_t* slots_;
+    int head_ = 0;         // the oldest slot
+    uint32_t parity_ = 0;  // of the phase in which it gets full
+};
+
+// Copies under way per ring. More would fill the memory's queues, in which packets wait too.
+constexpr int MAX_IN_FLIGHT = 1;
+
+// What the fetching warps do: one lane per ring fills it until the end of the stream, or until the block
+// leaves the pass. When it returns nothing is under way: no copy may land in the shared memory of another
+// block.
+template <int SLOTS>
+__device__ __forceinline__ void fill_rings(const PassArgs& args, BulkState& state, uint8_t* slots) {
+    constexpr int RINGS = WARPS / FETCH_WARPS;  // of a fetching warp
+    if (threadIdx.x % 32 >= RINGS) return;
+    const int warp = (threadIdx.x - THREADS) / 32 * RINGS + threadIdx.x % 32;
+    const uint64_t policy = evict_first_policy();
+    Cursor cursor;
+    cursor.start(args, warp);
+    uint8_t* ring = slots + warp * SLOTS * SLOT_CAPACITY;
+    int tail = 0, oldest = 0, under_way = 0;      // slots: the next to be filled, the oldest under way
+    uint32_t tail_parity = 1, oldest_parity = 0;  // before its first phase a slot counts as empty
+    for (uint32_t polls = 0; cursor.has_slot() || under_way > 0; ++polls) {
+        if (under_way > 0 && mbarrier_test(state.full[warp] + oldest, oldest_parity)) {
+            --under_way;
+            if (++oldest == SLOTS) oldest = 0, oldest_parity ^= 1;
+        }
+        if (cursor.has_slot() && under_way < min_of(MAX_IN_FLIGHT, SLOTS) &&
+            mbarrier_test(state.empty[warp] + tail, tail_parity)) {
+            uint64_t* full = state.full[warp] + tail;
+            mbarrier_arrive_expect(full, cursor.bytes());
+            copy_bulk(ring + tail * SLOT_CAPACITY, cursor.source(), cursor.bytes(), full, policy);
+            cursor.advance();
+            if (!cursor.has_slot()) cursor.cross(args);
+            ++under_way;
+            if (++tail == SLOTS) tail = 0, tail_parity ^= 1;
+        } else if (polls % 64 == 0 && load_relaxed_shared(&state.abandoned) != 0) {
+            cursor.stop();
+        }
+    }
+}

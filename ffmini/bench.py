@@ -24,7 +24,7 @@ from .config import ModelConfig, load_config, parse_config
 from .cpu import CPUDecoder
 from .errors import GenerationError, UnsupportedError
 from .info import add_model_arguments, device_name, driver_version
-from .kernel import cached_cubin
+from .kernel import cached_cubin, has_bulk_copies
 from .layout import TILE_ROWS, MatrixLayout
 from .memory import available_memory
 from .model import (
@@ -57,6 +57,7 @@ CHECKED_LAYERS = 2
 CHECKED_TOKENS = 265  # more than one block of KV, and a single row at the end
 TOLERANCE = 2e-2  # relative error of the checked logits, norm over norm
 PEAK_BYTES = 4 << 30  # on a GPU
+PEAK_CHUNK, PEAK_THREADS = 16384, 512  # as in cuda/read_peak.cu
 CPU_PEAK_BYTES = 512 << 20
 PEAK_REPETITIONS = 10
 RANDOM_ROWS = 257 * TILE_ROWS  # rows of a random matrix that differ; then they repeat
@@ -186,28 +187,32 @@ def _cpu_read_peak() -> float:
 
 
 def _gpu_read_peak(ordinal: int) -> float:
-    """By cuda/read_peak.cu over 4 GiB, or over half of what is free."""
+    """By cuda/read_peak.cu over 4 GiB, or over half of what is free; with bulk copies if there are any."""
     cupy = gpu.import_cupy()
     properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
     arch = f"sm_{properties['major']}{properties['minor']}"
-    blocks, threads = 4 * properties["multiProcessorCount"], 512
-    step = 16 * 8 * blocks * threads  # bytes; see ffmini_read
-    nbytes = min(PEAK_BYTES, gpu.free_memory(ordinal) // 2) // step * step
+    bulk = has_bulk_copies(arch)
+    blocks = properties["multiProcessorCount"] * (1 if bulk else 4)
+    chunks = min(PEAK_BYTES, gpu.free_memory(ordinal) // 2) // PEAK_CHUNK
     pool = cupy.cuda.MemoryPool()
     with cupy.cuda.Device(ordinal), cupy.cuda.using_allocator(pool.malloc):
-        kernel = cupy.RawModule(path=str(cached_cubin({}, arch, "read_peak.cu"))).get_function("ffmini_read")
-        words, never = cupy.zeros(nbytes, cupy.uint8), cupy.zeros(16, cupy.uint8)
+        cubin = cached_cubin({"BULK_COPIES": str(int(bulk))}, arch, "read_peak.cu")
+        module = cupy.RawModule(path=str(cubin))
+        kernel = module.get_function("ffmini_read")
+        shared = int(gpu.read_global(cupy, module, "ffmini_read_shared_bytes", np.dtype("<u4")))
+        kernel.max_dynamic_shared_size_bytes = shared
+        memory, never = cupy.zeros(chunks * PEAK_CHUNK, cupy.uint8), cupy.zeros(16, cupy.uint8)
         times = []
         for _ in range(PEAK_REPETITIONS):
             began, ended = cupy.cuda.Event(), cupy.cuda.Event()
             began.record()
-            kernel((blocks,), (threads,), (words, np.uint64(nbytes // 16), never))
+            kernel((blocks,), (PEAK_THREADS,), (memory, np.uint64(chunks), never), shared_mem=shared)
             ended.record()
             ended.synchronize()
             times.append(cupy.cuda.get_elapsed_time(began, ended) / 1e3)
-        del words, never
+        del memory, never
     pool.free_all_blocks()
-    return nbytes / min(times)
+    return chunks * PEAK_CHUNK / min(times)
 
 
 # ---- the check -----------------------------------------------------------------------------------------

@@ -46,10 +46,15 @@ def multiply(x: np.ndarray, w: np.ndarray, slot: int) -> np.ndarray:
     return product.reshape(*batch, blocks * ROW_BLOCK, w.shape[-2])[..., first : first + n, :]
 
 
+def inverse_rms(x: np.ndarray, eps: float) -> np.ndarray:
+    """One over the root mean square of x [..., n] -> [..., 1]."""
+    squares = np.square(x).sum(axis=-1, keepdims=True)
+    return 1.0 / np.sqrt(squares / x.shape[-1] + eps)
+
+
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x [..., n] over its root mean square, times weight [n]; in x's dtype, not rounded."""
-    squares = np.square(x).sum(axis=-1, keepdims=True)
-    return x * (1.0 / np.sqrt(squares / x.shape[-1] + eps)) * weight
+    return x * inverse_rms(x, eps) * weight
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -192,8 +197,8 @@ class CPUDecoder:
     def norm_qkv(self, layer: int, x: np.ndarray, start: int = 0) -> np.ndarray:
         """x [R, hidden_size] -> q, k, v [R, (num_heads + 2 num_kv_heads) head_dim] before norm and rope."""
         weights = self._layers[layer]
-        y = self._norm_rounded(x, weights.vectors["input_layernorm"])
-        return _add_bias(multiply(y, weights.qkv_proj, start), weights.vectors, "qkv_bias")
+        qkv = self._norm_multiply(x, weights.vectors["input_layernorm"], weights.qkv_proj, start)
+        return _add_bias(qkv, weights.vectors, "qkv_bias")
 
     def attention(self, layer: int, qkv: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """q, k, v of R rows at consecutive `positions` [R] -> attention's output [R, num_heads head_dim].
@@ -224,8 +229,9 @@ class CPUDecoder:
     def norm_gate_up(self, layer: int, x: np.ndarray, start: int = 0) -> np.ndarray:
         """x [R, hidden_size] -> silu(gate) * up, rounded, [R, intermediate_size]."""
         weights = self._layers[layer]
-        y = self._norm_rounded(x, weights.vectors["post_attention_layernorm"])
-        gate_up = _add_bias(multiply(y, weights.gate_up_proj, start), weights.vectors, "gate_up_bias")
+        norm = weights.vectors["post_attention_layernorm"]
+        gate_up = self._norm_multiply(x, norm, weights.gate_up_proj, start)
+        gate_up = _add_bias(gate_up, weights.vectors, "gate_up_bias")
         gate_up = gate_up.reshape(len(x), -1, 2, 8)  # eight of gate, the same eight of up, and so on
         act = self._round(silu(gate_up[:, :, 0]) * gate_up[:, :, 1])
         return act.reshape(len(x), -1)[:, : self.config.intermediate_size]
@@ -237,12 +243,17 @@ class CPUDecoder:
 
     def norm_lm_head(self, x: np.ndarray, start: int = 0) -> np.ndarray:
         """x [R, hidden_size] -> logits [R, vocab_size]."""
-        return multiply(self._norm_rounded(x, self._norm), self._lm_head, start)
+        return self._norm_multiply(x, self._norm, self._lm_head, start)
 
     # ---- parts of stages ----
 
-    def _norm_rounded(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return self._round(rms_norm(x, weight, self.config.rms_norm_eps))
+    def _norm_multiply(self, x: np.ndarray, norm: np.ndarray, w: np.ndarray, start: int) -> np.ndarray:
+        """RMSNorm(x) times w [rows, cols] transposed -> [R, rows].
+
+        One over the root mean square comes after the product: blocks that publish x need not know it.
+        """
+        product = multiply(self._round(x * norm), w, start)
+        return product * inverse_rms(x, self.config.rms_norm_eps)
 
     def _norm_and_rotate(self, layer: int, norm: str, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Heads x [R, heads, head_dim]: RMSNorm of each if the model has QK norm, rope, rounding."""

@@ -21,6 +21,7 @@ from .kernel import (
     PASS_ARGS,
     STATUS,
     cached_cubin,
+    has_bulk_copies,
     kernel_defines,
     layer_bytes,
     max_rows,
@@ -30,7 +31,7 @@ from .packing import PackedModel, vectors_length
 from .passes import check_pass
 from .rope import rope_tables
 
-STAGE_NAMES = ("norm_qkv", "o_proj", "norm_gate_up", "down_proj", "norm_lm_head", "-", "attention", "merge")
+STAGE_NAMES = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj", "norm_lm_head", "-", "merge")
 PACKET_BYTES = 16
 SPIN_SECONDS = 10.0
 
@@ -87,11 +88,13 @@ class _Build:
     ) -> None:
         module = cupy.RawModule(path=str(cached_cubin(defines, arch)), enable_cooperative_groups=True)
         self.kernel = module.get_function(KERNEL_NAME)
-        info = _read_global(cupy, module, "ffmini_build_info", BUILD_INFO)
+        info = read_global(cupy, module, "ffmini_build_info", BUILD_INFO)
         self.rows = int(defines["ROWS"])
         self.blocks = blocks
         self.threads = int(info["threads"])
         self.shared_bytes = int(info["shared_bytes"])
+        self.ring_slots = int(info["ring_slots"])
+        self.marks = int(info["marks"])
         self.exchange_bytes = int(info["exchange_packets"]) * PACKET_BYTES
         if int(info["args_bytes"]) != PASS_ARGS.itemsize:
             raise DeviceError(
@@ -112,7 +115,8 @@ class _Build:
         self.exchange = cupy.zeros(self.exchange_bytes, dtype=cupy.uint8)
 
 
-def _read_global(cupy: ModuleType, module: object, name: str, dtype: np.dtype) -> np.ndarray:
+def read_global(cupy: ModuleType, module: object, name: str, dtype: np.dtype) -> np.ndarray:
+    """The value of type `dtype` that the loaded `module` calls `name`."""
     value = np.zeros((), dtype=dtype)
     pointer = module.get_global(name)  # type: ignore[attr-defined]
     cupy.cuda.runtime.memcpy(
@@ -136,11 +140,13 @@ class GPUDecoder:
         *,
         blocks: int | None = None,
         rows: tuple[int, ...] | None = None,
+        bulk_copies: bool | None = None,
         test_pauses: bool = False,
+        stage_times: bool = False,
         progress: bool = True,
     ) -> None:
-        """`blocks` (default: one per multiprocessor), `rows` (default: 1 and as many as fit) and
-        `test_pauses` are for tests and measurements."""
+        """`blocks` (default: one per multiprocessor), `rows` (default: 1 and as many as fit), `bulk_copies`
+        (default: if the device has them) and the rest are for tests and measurements."""
         reason = why_unusable(ordinal)
         if reason is not None:
             raise DeviceError(reason)
@@ -149,6 +155,7 @@ class GPUDecoder:
         self.max_seq_len = max_seq_len
         self.device = f"cuda:{ordinal}"
         self._ordinal = ordinal
+        self._stage_times = stage_times
         self._pool = cupy.cuda.MemoryPool()
         self._pass = self._checked = 0  # the last pass launched, and the last whose status was read
         self._closed = False
@@ -157,6 +164,8 @@ class GPUDecoder:
         blocks = blocks or multiprocessors
         shared_limit = properties["sharedMemPerBlockOptin"]
         arch = f"sm_{properties['major']}{properties['minor']}"
+        if bulk_copies is None:
+            bulk_copies = has_bulk_copies(arch)
         with cupy.cuda.Device(ordinal), cupy.cuda.using_allocator(self._pool.malloc):
             self._builds = {
                 r: _Build(
@@ -168,7 +177,9 @@ class GPUDecoder:
                         max_seq_len=max_seq_len,
                         shared_limit=shared_limit,
                         blocks=blocks,
+                        bulk_copies=bulk_copies,
                         test_pauses=test_pauses,
+                        stage_times=stage_times,
                     ),
                     arch,
                     blocks,
@@ -207,12 +218,15 @@ class GPUDecoder:
         self._embed = None if packed.embed_tokens is None else cupy.asarray(packed.embed_tokens)
         self._norm = cupy.asarray(packed.norm)
         self._rope = tuple(cupy.asarray(table) for table in rope_tables(config, self.max_seq_len))
-        self._windows = cupy.asarray(np.array(config.layer_windows, dtype=np.int32))
         shape = (config.num_layers, 1, config.num_kv_heads, self.max_seq_len, config.head_dim)
         self.key_cache = cupy.empty(shape, dtype=cupy.uint16)
         self.value_cache = cupy.empty(shape, dtype=cupy.uint16)
         self._logits = cupy.empty((max(self._builds), config.vocab_size), dtype=cupy.float32)
         self._status = cupy.zeros(STATUS.itemsize // 4, dtype=cupy.uint32)
+        build = next(iter(self._builds.values()))
+        self.ring_slots = build.ring_slots  # of the build for the fewest rows
+        shape = (config.num_layers + 1, build.marks, build.blocks if self._stage_times else 0)
+        self.stage_times = cupy.zeros(shape, dtype=cupy.uint64)
         for build in self._builds.values():
             build.allocate(cupy)
         self._args = self._make_args()
@@ -227,11 +241,11 @@ class GPUDecoder:
             "norm": self._norm,
             "rope_cos": self._rope[0],
             "rope_sin": self._rope[1],
-            "layer_windows": self._windows,
             "key_cache": self.key_cache,
             "value_cache": self.value_cache,
             "logits": self._logits,
             "status": self._status,
+            "stage_times": self.stage_times,
         }
         for name, array in pointers.items():
             if array is not None and not array.flags.c_contiguous:
@@ -326,8 +340,8 @@ class GPUDecoder:
         if self._closed:
             return
         self._closed = True
-        for name in ("_layers", "_vectors", "_lm_head", "_embed", "_norm", "_rope", "_windows", "_logits"):
+        for name in ("_layers", "_vectors", "_lm_head", "_embed", "_norm", "_rope", "_logits"):
             setattr(self, name, None)
-        self._status = self._args = self.key_cache = self.value_cache = None
+        self._status = self.stage_times = self._args = self.key_cache = self.value_cache = None
         self._builds.clear()
         self._pool.free_all_blocks()

@@ -48,12 +48,12 @@ PASS_ARGS = np.dtype(
         ("norm", "<u8"),
         ("rope_cos", "<u8"),
         ("rope_sin", "<u8"),
-        ("layer_windows", "<u8"),
         ("key_cache", "<u8"),
         ("value_cache", "<u8"),
         ("exchange", "<u8"),
         ("logits", "<u8"),
         ("status", "<u8"),
+        ("stage_times", "<u8"),
         ("spin_limit_ns", "<u8"),
         ("pass", "<u4"),
         ("num_slots", "<i4"),
@@ -70,6 +70,7 @@ BUILD_INFO = np.dtype(
         ("threads", "<u4"),
         ("ring_slots", "<u4"),
         ("args_bytes", "<u4"),
+        ("marks", "<u4"),
     ],
     align=True,
 )
@@ -81,15 +82,16 @@ def max_rows(config: ModelConfig, layouts: dict[str, MatrixLayout], shared_limit
     `shared_limit`: bytes that a block may use; `blocks`: the size of the grid. The bounds are upper ones;
     cuda/block.cuh has the exact figures and refuses a build that does not fit.
     """
-    ring_slot = WARPS * max(layout.slot_bytes for layout in layouts.values())
+    ring_slot = WARPS * max(2048, *(layout.slot_bytes for layout in layouts.values()))
     ring_slots = 2 if shared_limit > 128 * 1024 else 1
     widest = max(layout.k_pad for layout in layouts.values())
-    own_tiles = ceil_div(layouts["o_proj"].tiles, blocks)
+    tiles, head_dim = layouts["o_proj"].tiles, ceil_div(config.head_dim, 32) * 32
+    heads = min(8, config.num_heads // config.num_kv_heads)
     for rows in (8, 4, 2):
-        activations = rows * 2 * (widest + 64)
-        attention = 24 * 1024 + config.head_dim * (80 + 12 * rows)
-        fixed = max(activations, attention) + rows * 64 * own_tiles + 16 * 1024
-        if fixed + ring_slots * ring_slot <= shared_limit:
+        activations = rows * 2 * (widest + 96)
+        attention = 64 * min(512, heads * head_dim) + head_dim * (8 * heads + 12 * rows + 28) + 2048
+        tail = rows * (2048 + 4 * tiles + 4 * head_dim) + 64 * (rows + 1) * ceil_div(tiles, blocks) + 8192
+        if max(activations, attention) + tail + ring_slots * ring_slot <= shared_limit:
             return rows
     return 1
 
@@ -102,12 +104,16 @@ def kernel_defines(
     max_seq_len: int,
     shared_limit: int,
     blocks: int,
+    bulk_copies: bool,
     test_pauses: bool = False,
+    stage_times: bool = False,
 ) -> dict[str, str]:
     """The -D constants of one build.
 
     `rows` is how many rows a pass takes (1 to 8), `shared_limit` the bytes of shared memory that a block
-    may use, `blocks` the size of the grid. `test_pauses` makes a build that holds packets back at random.
+    may use, `blocks` the size of the grid. `bulk_copies`: weights come by bulk copies, which sm_90 and newer
+    have. `test_pauses` makes a build that holds packets back at random, `stage_times` one that notes when
+    each block passed each stage.
     """
     offsets = vector_offsets(config)
     qkv, head = layouts["qkv_proj"], layouts["lm_head"]
@@ -125,6 +131,7 @@ def kernel_defines(
         "RMS_NORM_EPS": float_literal(config.rms_norm_eps),
         # Scores are in units of log2: the softmax takes powers of two.
         "SCORE_SCALE": float_literal(config.head_dim**-0.5 * math.log2(math.e)),
+        "LAYER_WINDOWS": ",".join(str(window) for window in config.layer_windows),
         "TIE_WORD_EMBEDDINGS": int(config.tie_word_embeddings),
         "QKV_BIAS": int(config.qkv_bias),
         "O_BIAS": int(config.o_bias),
@@ -139,11 +146,18 @@ def kernel_defines(
         "VECTORS_SIZE": vectors_length(config),
         "SHARED_LIMIT": shared_limit,
         "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
+        "BULK_COPIES": int(bulk_copies),
         "TEST_PAUSES": int(test_pauses),
+        "STAGE_TIMES": int(stage_times),
     }
     for name in VECTOR_NAMES:
         values[f"{name.upper()}_OFFSET"] = offsets[name][0] if name in offsets else 0
     return {name: str(value) for name, value in values.items()}
+
+
+def has_bulk_copies(arch: str) -> bool:
+    """Whether an architecture such as "sm_90" has bulk copies and barriers that count them."""
+    return int(arch.removeprefix("sm_")) >= 90
 
 
 def layer_bytes(layouts: dict[str, MatrixLayout]) -> int:
@@ -175,7 +189,8 @@ def compile_cubin(defines: dict[str, str], arch: str, source: str = "ffmini.cu")
     program = nvrtc.createProgram(text, source, tuple(header.encode() for header in headers.values()), names)
     try:
         nvrtc.compileProgram(program, compile_options(defines, arch))
-        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+        # CuPy takes the last byte for the end of a string and cuts it off: it is one of the padding.
+        return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         lines = nvrtc.getProgramLog(program).splitlines()
         first = next((line for line in lines if "error" in line), lines[0] if lines else str(error))

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 from comparison import FLIP, error
 
-from ffmini.cpu import rms_norm, silu
-from ffmini.layout import SEGMENT, MatrixLayout
-from ffmini.numerics import round_bf16
+from ffmini.cpu import silu
+from ffmini.layout import SEGMENT, TILE_ROWS, MatrixLayout
 from ffmini.packing import PackedModel, unpack_matrix, unpack_quantized, vector_offsets
 
 UNIT = 2.0**-23
@@ -80,32 +79,45 @@ Stage = Mapping[str, np.ndarray]
 def check_sent(found: list[Stage], fed: list[Stage], packed: PackedModel) -> None:
     """What each stage sent (packets.stages) against `fed`: what another device's sent, which it was fed with.
 
-    Products and residuals stay within product_bound, element by element. Activations are roundings of values
-    within activation_bound: that seldom do two of them fall to different sides. Attention rounds every
-    probability and then itself: off by no more than one rounding in each element.
+    Products stay within product_bound, element by element, times the norm's scale. The residual stream is
+    never fed: what it may be off by adds up over the layers. Activations and the weighed stream are
+    roundings: that seldom do two of them fall to different sides. Attention rounds every probability and
+    then itself: off by no more than one rounding in each element.
     """
-    residual_bound = np.zeros_like(fed[0]["hidden"])  # the blocks' own residual is never fed again
+    residual_bound = np.zeros_like(fed[0]["hidden"])
     for layer in range(packed.config.num_layers):
-        sent, given, after = found[layer], fed[layer], fed[layer + 1]["hidden"]
+        sent, given, after = found[layer], fed[layer], fed[layer + 1]
         weights, layouts = packed.layers[layer], packed.layouts
-        y = _normed(packed, given["hidden"], layer, "input_layernorm")
-        _check_floats(sent["qkv"], given["qkv"], product_bound(y, weights.qkv_proj, layouts["qkv_proj"]))
+        bound = normed_product_bound(given, "hidden", weights.qkv_proj, layouts["qkv_proj"], packed)
+        _check_floats(sent["qkv"], given["qkv"], bound + 4 * UNIT * np.abs(given["qkv"]))
         assert error(sent["attention"], given["attention"]) <= FLIP, f"layer {layer}: attention"
+        norm = _vector(packed, layer, "post_attention_layernorm")
         residual_bound += product_bound(given["attention"], weights.o_proj, layouts["o_proj"])
-        residual_bound += 2 * UNIT * np.abs(given["mid_hidden"])
-        _check_floats(sent["mid_hidden"], given["mid_hidden"], residual_bound)
+        _check_residual(sent, given, "mid_hidden", norm, residual_bound)
         _check_activation(sent["activation"], given, packed, layer)
+        last = layer + 1 == packed.config.num_layers
+        norm = packed.norm if last else _vector(packed, layer + 1, "input_layernorm")
         residual_bound += product_bound(given["activation"], weights.down_proj, layouts["down_proj"])
-        residual_bound += 2 * UNIT * np.abs(after)
-        _check_floats(found[layer + 1]["hidden"], after, residual_bound)
+        _check_residual(found[layer + 1], after, "hidden", norm, residual_bound)
 
 
-def check_logits_sent(
-    found: np.ndarray, expected: np.ndarray, hidden: np.ndarray, packed: PackedModel
-) -> None:
-    """Two devices' logits [R, vocab_size] of the same last `hidden` [R, hidden_size]."""
-    y = round_bf16(rms_norm(hidden, packed.norm, packed.config.rms_norm_eps))
-    _check_floats(found, expected, product_bound(y, packed.lm_head, packed.layouts["lm_head"]))
+def check_logits_sent(found: np.ndarray, expected: np.ndarray, last: Stage, packed: PackedModel) -> None:
+    """Two devices' logits [R, vocab_size] of the same `last` stage, which holds the last hidden."""
+    bound = normed_product_bound(last, "hidden", packed.lm_head, packed.layouts["lm_head"], packed)
+    _check_floats(found, expected, bound + 4 * UNIT * np.abs(expected))
+
+
+def normed_product_bound(
+    given: Stage, name: str, matrix: np.ndarray, layout: MatrixLayout, packed: PackedModel
+) -> np.ndarray:
+    """product_bound of a residual stream as it was sent, times one over its root mean square."""
+    return _norm_scale(given, name, packed) * product_bound(given[name], matrix, layout)
+
+
+def _norm_scale(given: Stage, name: str, packed: PackedModel) -> np.ndarray:
+    """One over the root mean square [R, 1] of a residual stream, from its tiles' sums of squares."""
+    squares = given[f"{name}_squares"].astype(np.float64).sum(axis=1, keepdims=True)
+    return 1 / np.sqrt(squares / packed.config.hidden_size + packed.config.rms_norm_eps)
 
 
 def _vector(packed: PackedModel, layer: int, name: str) -> np.ndarray | None:
@@ -113,25 +125,41 @@ def _vector(packed: PackedModel, layer: int, name: str) -> np.ndarray | None:
     return packed.layers[layer].vectors[offset : offset + length] if length else None
 
 
-def _normed(packed: PackedModel, x: np.ndarray, layer: int, norm: str) -> np.ndarray:
-    return round_bf16(rms_norm(x, _vector(packed, layer, norm), packed.config.rms_norm_eps))
-
-
 def _check_floats(found: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> None:
     worst = (np.abs(found.astype(np.float64) - expected) / bound).max()
     assert worst <= 1, f"{worst:.3g} times the bound"
 
 
-def _check_activation(found: np.ndarray, given: Stage, packed: PackedModel, layer: int) -> None:
-    matrix, layout = packed.layers[layer].gate_up_proj, packed.layouts["gate_up_proj"]
-    y = _normed(packed, given["mid_hidden"], layer, "post_attention_layernorm")
-    gate_up = y @ unpack_matrix(matrix, layout).T
-    bias = _vector(packed, layer, "gate_up_bias")
-    if bias is not None:
-        gate_up += bias
-    bound = activation_bound(gate_up, product_bound(y, matrix, layout))
-    expected, bound = given["activation"], bound[:, : found.shape[1]]
+def _check_rounded(found: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> None:
+    """bf16 roundings of values within `bound` of each other: seldom to different sides."""
     spacing = bf16_spacing(expected)
     _check_floats(found, expected, bound + spacing)
     different, likely = (found != expected).sum(), np.minimum(1.0, bound / spacing).sum()
     assert different <= likely + 4 * np.sqrt(likely), f"{different} differ, {likely:.1f} are likely"
+
+
+def _check_residual(
+    found: Stage, given: Stage, name: str, norm: np.ndarray, residual_bound: np.ndarray
+) -> None:
+    """The stream times `norm`, and its tiles' squares. The addition before rounds: residual_bound grows."""
+    x = given[name] / norm  # to within a bf16 rounding
+    residual_bound += 2 * UNIT * np.abs(x)
+    _check_rounded(found[name], given[name], (residual_bound + UNIT * np.abs(x)) * np.abs(norm))
+    tiles = -(-x.shape[1] // TILE_ROWS)
+    slopes = np.zeros((len(x), tiles * TILE_ROWS))
+    slopes[:, : x.shape[1]] = 2 * SLACK * np.abs(x) * residual_bound
+    squares = given[f"{name}_squares"]
+    bound = slopes.reshape(len(x), tiles, TILE_ROWS).sum(axis=2) + 8 * UNIT * squares + 1e-30
+    _check_floats(found[f"{name}_squares"], squares, bound)
+
+
+def _check_activation(found: np.ndarray, given: Stage, packed: PackedModel, layer: int) -> None:
+    matrix, layout = packed.layers[layer].gate_up_proj, packed.layouts["gate_up_proj"]
+    scale = _norm_scale(given, "mid_hidden", packed)
+    gate_up = scale * (given["mid_hidden"] @ unpack_matrix(matrix, layout).T)
+    bound = scale * product_bound(given["mid_hidden"], matrix, layout) + 4 * UNIT * np.abs(gate_up)
+    bias = _vector(packed, layer, "gate_up_bias")
+    if bias is not None:
+        gate_up += bias
+    bound = activation_bound(gate_up, bound)[:, : found.shape[1]]
+    _check_rounded(found, given["activation"], bound)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ffmini.cpu import CPUDecoder
+from ffmini.layout import TILE_ROWS, ceil_div
 from ffmini.numerics import from_bf16
 
 # Per stage, fed with the same input, norm over norm. A bf16 rounding of a normed input may fall to the other
@@ -32,27 +33,42 @@ def share_cache(oracle: CPUDecoder, key_cache: np.ndarray, value_cache: np.ndarr
 
 def check_stages(
     found: list[dict[str, np.ndarray]], oracle: CPUDecoder, tokens: np.ndarray, start: int
-) -> None:
+) -> np.ndarray:
     """Each stage of a pass against the oracle, which is fed with the stage's own input.
+
+    The residual stream itself is not exchanged: the oracle adds up its own from the kernel's activations, and
+    the last of it, x [R, hidden_size], is returned.
 
     The pass ran `tokens` from position `start` on; `found` is its packets.stages. The oracle's cache must
     hold what the kernel's held before the pass (share_cache); it is advanced.
     """
     config, positions = oracle.config, np.arange(start, start + len(tokens))
     flips = 3 * FLIP / np.sqrt(config.hidden_size)
-    assert error(found[0]["hidden"], oracle.embed(tokens)) <= FP32_TOLERANCE, "embed"
+    x = oracle.embed(tokens)
     for layer in range(config.num_layers):
-        stage, x = found[layer], found[layer]["hidden"]
-        expected = {
-            "qkv": (oracle.norm_qkv(layer, x), FP32_TOLERANCE + flips),
-            "attention": (oracle.attention(layer, stage["qkv"], positions), BF16_TOLERANCE),
-            "mid_hidden": (oracle.o_proj(layer, stage["attention"], x), FP32_TOLERANCE),
-            "activation": (oracle.norm_gate_up(layer, stage["mid_hidden"]), BF16_TOLERANCE),
-        }
-        for name, (value, tolerance) in expected.items():
-            assert error(stage[name], value) <= tolerance, f"layer {layer}, {name}"
-        after = oracle.down_proj(layer, stage["activation"], stage["mid_hidden"])
-        assert error(found[layer + 1]["hidden"], after) <= FP32_TOLERANCE, f"layer {layer}, down_proj"
+        stage, norms = found[layer], oracle._layers[layer].vectors
+        check_residual(stage, "hidden", x, norms["input_layernorm"], f"layer {layer}, hidden")
+        qkv, attention = oracle.norm_qkv(layer, x), oracle.attention(layer, stage["qkv"], positions)
+        assert error(stage["qkv"], qkv) <= FP32_TOLERANCE + flips, f"layer {layer}, qkv"
+        assert error(stage["attention"], attention) <= BF16_TOLERANCE, f"layer {layer}, attention"
+        x = oracle.o_proj(layer, stage["attention"], x)
+        check_residual(stage, "mid_hidden", x, norms["post_attention_layernorm"], f"layer {layer}, o_proj")
+        activation = oracle.norm_gate_up(layer, x)
+        assert error(stage["activation"], activation) <= BF16_TOLERANCE, f"layer {layer}, activation"
+        x = oracle.down_proj(layer, stage["activation"], x)
+    check_residual(found[-1], "hidden", x, oracle._norm, "the last hidden")
+    return x
+
+
+def check_residual(
+    stage: dict[str, np.ndarray], name: str, x: np.ndarray, norm: np.ndarray, what: str
+) -> None:
+    """A stage's residual stream, times the norm's weight, and its squares against the oracle's x [R, n]."""
+    assert error(stage[name], x * norm) <= BF16_TOLERANCE, what
+    padded = np.zeros((len(x), ceil_div(x.shape[1], TILE_ROWS) * TILE_ROWS), x.dtype)
+    padded[:, : x.shape[1]] = x
+    squares = np.square(padded).reshape(len(x), -1, TILE_ROWS).sum(axis=-1)
+    assert error(stage[f"{name}_squares"], squares) <= 2 * FP32_TOLERANCE, what
 
 
 def check_logits(packed_error: float, own_error: float) -> None:

@@ -13,7 +13,7 @@ PACKET = np.dtype([("words", "<u4", (3,)), ("tag", "<u4")])
 
 def packet_counts(config: ModelConfig) -> dict[str, int]:
     """Packets of one row, by stage, in the order in which a layer's stages lie."""
-    hidden = ceil_div(config.hidden_size, TILE_ROWS) * 6
+    hidden = ceil_div(config.hidden_size, TILE_ROWS) * 3
     qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return {
         "hidden": hidden,
@@ -35,6 +35,9 @@ def stages(
 ) -> list[dict[str, np.ndarray]]:
     """Per layer: name -> float32 [num_rows, size]; one more entry holds the last hidden.
 
+    hidden and mid_hidden are the residual stream times the norm's weight, with the sums of the stream's
+    squares per tile of 16 in hidden_squares and mid_hidden_squares.
+
     `exchange`: the packets of a build for `rows` rows (PACKET) after a pass of `num_rows` rows.
     """
     layers, at = [], 0
@@ -44,10 +47,20 @@ def stages(
             if layer == config.num_layers and name != "hidden":
                 break
             packets = exchange[at : at + rows * count].reshape(rows, count)[:num_rows]
-            stage[name] = _decode(packets, name, config)
+            if name.endswith("hidden"):
+                stage[name], stage[f"{name}_squares"] = _decode_hidden(packets, config)
+            else:
+                stage[name] = _decode(packets, name, config)
             at += rows * count
         layers.append(stage)
     return layers
+
+
+def _decode_hidden(packets: np.ndarray, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Sixteen bf16 and a float in three packets: float32 [rows, hidden_size] and [rows, tiles]."""
+    words = np.ascontiguousarray(packets["words"]).reshape(len(packets), -1, 9)
+    values = from_bf16(np.ascontiguousarray(words[:, :, :8]).view(np.uint16)).reshape(len(packets), -1)
+    return values[:, : config.hidden_size], np.ascontiguousarray(words[:, :, 8]).view(np.float32)
 
 
 def _decode(packets: np.ndarray, name: str, config: ModelConfig) -> np.ndarray:
@@ -59,7 +72,6 @@ def _decode(packets: np.ndarray, name: str, config: ModelConfig) -> np.ndarray:
     if name == "activation":  # four bf16 to a packet
         values = from_bf16(words.view(np.uint16))[:, :, :4].reshape(rows, -1)
         return values[:, : config.intermediate_size]
-    size = config.hidden_size
-    if name == "qkv":
-        size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return words.view(np.float32).reshape(rows, -1, 18)[:, :, :TILE_ROWS].reshape(rows, -1)[:, :size]
+    # qkv: eight floats in three packets
+    size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return words.view(np.float32).reshape(rows, -1, 9)[:, :, :8].reshape(rows, -1)[:, :size]

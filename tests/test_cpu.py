@@ -111,9 +111,11 @@ def vector(packed: PackedModel, name: str, layer: int = 1) -> np.ndarray:
     return packed.layers[layer].vectors[offset : offset + length].astype(np.float64)
 
 
-def rounded_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    exact = x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + eps) * weight
-    return round_bf16(exact.astype(np.float32)).astype(np.float64)
+def norm_times(x: np.ndarray, weight: np.ndarray, eps: float, w: np.ndarray) -> np.ndarray:
+    """RMSNorm times w transposed, in double: the weighed x is rounded to bf16, its scale comes last."""
+    x = x.astype(np.float64)
+    weighed = round_bf16((x * weight).astype(np.float32)).astype(np.float64)
+    return weighed @ w.T.astype(np.float64) / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +141,8 @@ def test_embed(make_model: MakeModel) -> None:
 
 def test_norm_qkv(biased: PackedModel) -> None:
     x = random_rows(1, 64)
-    y = rounded_norm(x, vector(biased, "input_layernorm"), biased.config.rms_norm_eps)
-    expected = y @ dense(biased, "qkv_proj").T + vector(biased, "qkv_bias")
+    norm, eps = vector(biased, "input_layernorm"), biased.config.rms_norm_eps
+    expected = norm_times(x, norm, eps, dense(biased, "qkv_proj")) + vector(biased, "qkv_bias")
     found = make_decoder(biased).norm_qkv(1, x)
     assert found.dtype == np.float32
     assert relative_error(found, expected) < 1e-6
@@ -154,8 +156,8 @@ def test_o_proj(biased: PackedModel) -> None:
 
 def test_norm_gate_up_and_down_proj(biased: PackedModel) -> None:
     x = random_rows(4, 64)
-    y = rounded_norm(x, vector(biased, "post_attention_layernorm"), biased.config.rms_norm_eps)
-    both = y @ dense(biased, "gate_up_proj").T + vector(biased, "gate_up_bias")
+    norm, eps = vector(biased, "post_attention_layernorm"), biased.config.rms_norm_eps
+    both = norm_times(x, norm, eps, dense(biased, "gate_up_proj")) + vector(biased, "gate_up_bias")
     # 100 is no multiple of 8: the last tile has four rows of gate, four of padding, and so for up.
     gate, up = (both.reshape(5, 13, 2, 8)[:, :, part].reshape(5, -1)[:, :100] for part in (0, 1))
     expected = round_bf16((gate / (1 + np.exp(-gate)) * up).astype(np.float32))
@@ -170,8 +172,8 @@ def test_norm_gate_up_and_down_proj(biased: PackedModel) -> None:
 
 def test_norm_lm_head(biased: PackedModel) -> None:
     x = random_rows(5, 64)
-    y = rounded_norm(x, biased.norm, biased.config.rms_norm_eps)
-    expected = y @ unpack_matrix(biased.lm_head, biased.layouts["lm_head"]).T
+    w = unpack_matrix(biased.lm_head, biased.layouts["lm_head"])
+    expected = norm_times(x, biased.norm, biased.config.rms_norm_eps, w)
     assert relative_error(make_decoder(biased).norm_lm_head(x), expected) < 1e-6
 
 

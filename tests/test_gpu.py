@@ -13,11 +13,14 @@ from packets import PACKET, stages
 from tiny import FAMILIES, tiny_config, tiny_prompt, write_checkpoint
 
 from ffmini import gpu
+from ffmini.bench import fill_cache, random_model
+from ffmini.config import parse_config
 from ffmini.convert import pack_checkpoint
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import DeviceError, GenerationError
 from ffmini.model import bundled_model_path
 from ffmini.packing import PackedModel
+from ffmini.shapes import SHAPES
 from ffmini.tokenizer import Tokenizer
 
 pytestmark = [
@@ -121,6 +124,21 @@ def test_long_context(tmp_path: Path, family: str) -> None:
     check_model(pack(tmp_path, family, "bf16", **changes), length=1100)
 
 
+@pytest.mark.parametrize("family", ["llama3.1", "mistral"])
+def test_deep_context(tmp_path: Path, family: str) -> None:
+    """36 blocks of positions, or the 20 of a window: partial softmaxes merged in several runs."""
+    changes = {"max_position_embeddings": 10_000, "sliding_window": 5000 if family == "mistral" else None}
+    packed = pack(tmp_path, family, "bf16", **changes)
+    oracle = CPUDecoder(packed, 9300, progress=False)
+    decoder = gpu.GPUDecoder(packed, 9300, rows=(4,), progress=False)
+    poison(decoder)
+    fill_cache(decoder, 9214)
+    tokens = tiny_prompt({"vocab_size": packed.config.vocab_size}, 4)
+    decoder.forward(tokens, 9214, "all")
+    check_last_pass(decoder, 4, oracle, tokens, 9214)
+    decoder.close()
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_bundled_model(dtype: str) -> None:
     """200 teacher-forced tokens of a tale, under DESIGN's rule for ties."""
@@ -141,18 +159,21 @@ def test_bundled_model(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_same_bits(tmp_path: Path, dtype: str) -> None:
-    """However the rows are grouped, however many blocks there are, and from run to run."""
+    """However the rows are grouped, however many blocks there are, with either ring, and from run to run."""
     packed = pack(tmp_path, "qwen2", dtype)
     prompt = tiny_prompt({"vocab_size": packed.config.vocab_size}, 300)
     expected = None
-    for blocks, rows, chunk in [
-        (None, (8,), 300),
-        (None, (1,), 300),
-        (3, (4,), 300),
-        (1, (8,), 3),
-        (70, (2,), 5),
+    for blocks, rows, chunk, bulk_copies in [
+        (None, (8,), 300, None),
+        (None, (1,), 300, None),
+        (None, (1,), 300, False),
+        (3, (4,), 300, None),
+        (1, (8,), 3, False),
+        (70, (2,), 5, None),
     ]:
-        decoder = gpu.GPUDecoder(packed, 300, blocks=blocks, rows=rows, progress=False)
+        decoder = gpu.GPUDecoder(
+            packed, 300, blocks=blocks, rows=rows, bulk_copies=bulk_copies, progress=False
+        )
         for _ in range(2):
             poison(decoder)
             parts = [decoder.forward(prompt[i : i + chunk], i, "all") for i in range(0, 300, chunk)]
@@ -160,6 +181,19 @@ def test_same_bits(tmp_path: Path, dtype: str) -> None:
             expected = found if expected is None else expected
             assert np.array_equal(found.view(np.uint32), expected.view(np.uint32)), (blocks, rows, chunk)
         decoder.close()
+
+
+def test_many_passes_give_the_same_bits() -> None:
+    """A pass of a wide model, over and over: an error that moves is a race."""
+    config = parse_config(SHAPES["llama-3.1-8b"] | {"num_hidden_layers": 3, "vocab_size": 4096}, "wide")
+    packed = random_model(config, "int4")
+    decoder = gpu.GPUDecoder(packed, 129, rows=(1,), progress=False)
+    fill_cache(decoder, 128)
+    expected = decoder.forward(np.array([5]), 128)
+    for i in range(500):
+        found = decoder.forward(np.array([5]), 128)
+        assert np.array_equal(found.view(np.uint32), expected.view(np.uint32)), i
+    decoder.close()
 
 
 def test_many_passes_with_pauses(tmp_path: Path) -> None:

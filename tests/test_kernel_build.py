@@ -18,7 +18,7 @@ from tools.kernel_report import DEVICES, report
 
 NAMES = [*SHAPES, "bundled"]
 FORMATS = ("bf16", "int8", "int4")
-MAX_REGISTERS = 128  # 512 threads share 65,536
+MAX_REGISTERS = {512: 128, 640: 96}  # of a thread, by the threads that share 65,536
 MAX_SECONDS = 20
 
 
@@ -33,15 +33,18 @@ def test_compiles_without_spills(arch: str, name: str, dtype: str, many_rows: bo
     config = load_config(bundled_model_path()) if name == "bundled" else parse_config(SHAPES[name], name)
     found = report(arch, config, dtype, many_rows)
     assert found.spill_bytes == 0
-    assert found.registers <= MAX_REGISTERS
+    assert found.registers <= MAX_REGISTERS[found.threads]
     assert found.seconds <= MAX_SECONDS
+    assert found.shared_bytes <= DEVICES[arch][0] and found.ring_slots >= 1
 
 
 def bundled_defines() -> dict[str, str]:
     config = load_config(bundled_model_path())
     limit, blocks = DEVICES["sm_90"]
     layouts = make_layouts(config, "int4")
-    return kernel.kernel_defines(config, layouts, rows=1, max_seq_len=512, shared_limit=limit, blocks=blocks)
+    return kernel.kernel_defines(
+        config, layouts, rows=1, max_seq_len=512, shared_limit=limit, blocks=blocks, bulk_copies=True
+    )
 
 
 def test_a_missing_constant_is_an_error() -> None:

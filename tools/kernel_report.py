@@ -1,4 +1,6 @@
-"""Registers, spills and compile time of the kernel per architecture, shape, format and rows; needs no GPU.
+"""What a build of the kernel takes, per architecture, shape, format and rows; needs no GPU.
+
+Registers, bytes of spills, bytes of shared memory, slots in each warp's ring, seconds to compile.
 
 python tools/kernel_report.py
 """
@@ -6,11 +8,14 @@ python tools/kernel_report.py
 from __future__ import annotations
 
 import re
+import struct
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from ffmini.config import ModelConfig, parse_config
-from ffmini.kernel import compile_cubin, kernel_defines, max_rows
+from ffmini.kernel import BUILD_INFO, compile_cubin, has_bulk_copies, kernel_defines, max_rows
 from ffmini.packing import make_layouts
 from ffmini.shapes import SHAPES
 
@@ -29,11 +34,14 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What ptxas said of one build."""
+    """What ptxas said of one build, and what the build says of itself."""
 
     registers: int
     spill_bytes: int  # stores and loads
     seconds: float
+    shared_bytes: int
+    ring_slots: int  # of each warp
+    threads: int  # of a block
 
 
 def report(arch: str, config: ModelConfig, dtype: str, many_rows: bool) -> Report:
@@ -41,11 +49,37 @@ def report(arch: str, config: ModelConfig, dtype: str, many_rows: bool) -> Repor
     limit, blocks = DEVICES[arch]
     layouts = make_layouts(config, dtype)
     rows = max_rows(config, layouts, limit, blocks) if many_rows else 1
-    defines = kernel_defines(config, layouts, rows=rows, max_seq_len=4096, shared_limit=limit, blocks=blocks)
+    defines = kernel_defines(
+        config,
+        layouts,
+        rows=rows,
+        max_seq_len=4096,
+        shared_limit=limit,
+        blocks=blocks,
+        bulk_copies=has_bulk_copies(arch),
+    )
     start = time.perf_counter()
-    _, log = compile_cubin(defines, arch)
+    cubin, log = compile_cubin(defines, arch)
     seconds = time.perf_counter() - start
-    return Report(read_registers(log), read_spills(log), seconds)
+    info = read_build_info(cubin)
+    own = (int(info[name]) for name in ("shared_bytes", "ring_slots", "threads"))
+    return Report(read_registers(log), read_spills(log), seconds, *own)
+
+
+def read_build_info(cubin: bytes) -> np.ndarray:
+    """The BUILD_INFO that lies in the constants of a cubin, a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count = struct.unpack_from("<HH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(count)]
+    for _, kind, _, _, offset, nbytes, link, _, _, _ in sections:
+        if kind != 2:  # the table of symbols
+            continue
+        for at in range(offset, offset + nbytes, 24):
+            name, _, _, section, value, _ = struct.unpack_from("<IBBHQQ", cubin, at)
+            start = sections[link][4] + name
+            if cubin[start : cubin.index(b"\0", start)] == b"ffmini_build_info":
+                return np.frombuffer(cubin, BUILD_INFO, 1, sections[section][4] + value)[0]
+    raise ValueError("expected the symbol ffmini_build_info in the cubin, found none")
 
 
 def read_registers(log: str) -> int:
@@ -60,7 +94,10 @@ def read_spills(log: str) -> int:
 
 
 def main() -> None:
-    print(f"{'arch':8} {'shape':14} {'dtype':6} {'rows':5} {'registers':>9} {'spills':>7} {'seconds':>8}")
+    print(
+        f"{'arch':8} {'shape':14} {'dtype':6} {'rows':5} {'registers':>9} {'spills':>7} {'shared':>8} "
+        f"{'ring':>5} {'seconds':>8}"
+    )
     for arch in DEVICES:
         for name, raw in SHAPES.items():
             for dtype in ("bf16", "int8", "int4"):
@@ -68,7 +105,8 @@ def main() -> None:
                     found = report(arch, parse_config(raw, name), dtype, many)
                     print(
                         f"{arch:8} {name:14} {dtype:6} {'many' if many else 'one':5} {found.registers:9} "
-                        f"{found.spill_bytes:7} {found.seconds:8.1f}",
+                        f"{found.spill_bytes:7} {found.shared_bytes:8} {found.ring_slots:5} "
+                        f"{found.seconds:8.1f}",
                         flush=True,
                     )
 

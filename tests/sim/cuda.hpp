@@ -13,6 +13,7 @@
 #define __shared__
 #define __grid_constant__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __align__(n)
 
@@ -53,11 +54,7 @@ inline uint32_t __float_as_uint(float f) {
 }
 
 inline void __syncthreads(SIM_SITE) {
-    sim::machine.barrier(false, {"__syncthreads", file, line});
-}
-
-inline int __syncthreads_or(int value, SIM_SITE) {
-    return sim::machine.barrier(value != 0, {"__syncthreads_or", file, line});
+    sim::machine.barrier(0, false, {"__syncthreads", file, line});
 }
 
 inline void __syncwarp(uint32_t mask = sim::ALL_LANES, SIM_SITE) {

@@ -173,7 +173,9 @@ class SimDecoder:
         blocks: int = 3,
         seed: int = 0,
         shared_limit: int = SHARED_LIMIT,
+        bulk_copies: bool = True,
         test_pauses: bool = False,
+        stage_times: bool = False,
         cuda: Path | None = None,
         coverage: bool = False,
     ) -> None:
@@ -189,7 +191,9 @@ class SimDecoder:
             max_seq_len=max_seq_len,
             shared_limit=shared_limit,
             blocks=1,  # room for every tile in one block is room for any grid
+            bulk_copies=bulk_copies,
             test_pauses=test_pauses,
+            stage_times=stage_times,
         )
         self._path = build(self.defines, cuda, coverage)
         self._library = ctypes.CDLL(str(self._path))
@@ -223,6 +227,8 @@ class SimDecoder:
         self.exchange = guarded_array((int(self.build_info["exchange_packets"]),), PACKET)
         self._logits = guarded_array((self.rows, config.vocab_size), np.float32)
         self._status = guarded_array((1,), STATUS)
+        shape = (config.num_layers + 1, int(self.build_info["marks"]), self.blocks)
+        self.stage_times = guarded_array(shape, np.uint64)  # for no more blocks; see PassArgs
         self.reset()
         cos, sin = rope_tables(config, self.max_seq_len)
         arrays = {
@@ -232,12 +238,12 @@ class SimDecoder:
             "norm": guarded_copy(packed.norm),
             "rope_cos": guarded_copy(cos),
             "rope_sin": guarded_copy(sin),
-            "layer_windows": guarded_copy(np.array(config.layer_windows, np.int32)),
             "key_cache": self.key_cache,
             "value_cache": self.value_cache,
             "exchange": self.exchange,
             "logits": self._logits,
             "status": self._status,
+            "stage_times": self.stage_times,
         }
         if packed.embed_tokens is not None:
             arrays["embed_tokens"] = guarded_copy(packed.embed_tokens)

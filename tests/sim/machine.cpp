@@ -19,6 +19,11 @@ std::string describe(const Site& site) {
     return std::string(site.op) + " at " + (name ? name + 1 : site.file) + ":" + std::to_string(site.line);
 }
 
+// All of a block's shared memory that lanes look at without waiting for it.
+uint64_t shared_of(int block) {
+    return 1ull << 63 | static_cast<uint64_t>(block);
+}
+
 // A block and the 16 bytes round an address that its lanes may poll.
 uint64_t line_of(const void* p, int block) {
     return (reinterpret_cast<uintptr_t>(p) / 16) << 8 | static_cast<uint64_t>(block);
@@ -38,6 +43,8 @@ void Machine::run(const Options& options, size_t shared_bytes, int threads, void
     pending_.clear();
     sights_.clear();
     pollers_.clear();
+    bulk_copies_.clear();
+    barriers_.clear();
     stores_ = 0;
     youngest_seen_.assign(options.blocks, 0);
     std::fill_n(events_, NUM_EVENTS, 0);
@@ -86,14 +93,15 @@ void Machine::add_block(size_t shared_bytes, int threads) {
 
 void Machine::start(Block& block, size_t shared_bytes) {
     memset(block.shared.data, 0xff, shared_bytes);  // NaN as a float and as two bf16
-    block.arrived = 0;
-    block.any = false;
+    block.all = block.some = {};
+    block.lanes_left = static_cast<int>(block.lanes.size());
     for (Warp& warp : block.warps) warp.meetings.clear();
     for (Lane& lane : block.lanes) {
         lane.starved =
             block.index == policy_.starved_block || lane.thread / WARP_LANES == policy_.starved_warp;
         lane.polled = 0;
-        lane.polls = 0;
+        lane.found.clear();
+        lane.polls = lane.looks = 0;
         lane.copies.assign(1, {});
         lane.landed.clear();
         lane.fiber.prepare(lane_main, lane.thread + block.index);
@@ -104,9 +112,21 @@ void Machine::start(Block& block, size_t shared_bytes) {
 void Machine::lane_main() {
     Fiber::entered(machine.scheduler_);
     machine.kernel_();
+    machine.check_copies_landed();
     --machine.lanes_left_;
     machine.idle_rounds_ = 0;
     machine.leave(Lane::DONE);
+}
+
+// No copy may be under way when its lane, or the block that it writes to, has left the kernel.
+void Machine::check_copies_landed() {
+    Lane& lane = *current_;
+    size_t under_way = 0;
+    for (const auto& group : lane.copies) under_way += group.size();
+    if (--lane.block->lanes_left == 0) {
+        for (const BulkCopy& copy : bulk_copies_) under_way += copy.block == lane.block->index;
+    }
+    if (under_way > 0) fail({"return", __FILE__, __LINE__}, "%zu copies are under way", under_way);
 }
 
 // ---- who runs ----
@@ -122,6 +142,7 @@ Lane* Machine::choose_lane() {
     if (!policy_.stores_last && !sights_.empty() && random_.below(policy_.store_delay) == 0) {
         show_some_store();
     }
+    if (!bulk_copies_.empty() && policy_.copies_late < 256 && random_.below(16) == 0) land_some_copy();
     std::deque<Lane*>& list = ready_[0].empty() ? ready_[1] : ready_[0];
     if (list.empty()) return nullptr;
     if (policy_.order == Policy::ANY_ORDER) {
@@ -180,8 +201,13 @@ void Machine::fail(const Site& site, const char* format, ...) {
     for (;;) leave(Lane::WAITS);
 }
 
-// Nothing can run: shows a store, or lets all polls be made once more, or ends the run. False at the end.
+// Nothing can run: lands a copy or shows a store, or lets all polls be made once more, or ends the run. False
+// at the end.
 bool Machine::idle() {
+    if (!bulk_copies_.empty() && (sights_.empty() || random_.chance(128))) {
+        land_some_copy();
+        return true;
+    }
     if (!sights_.empty()) {
         events_[STORE_HELD] += policy_.stores_last;
         show_some_store();
@@ -225,32 +251,30 @@ std::string Machine::who_waits() const {
 
 // ---- barriers ----
 
-bool Machine::barrier(bool value, const Site& site) {
+bool Machine::barrier(int count, bool value, const Site& site) {
     Lane& lane = *current_;
-    Block& block = *lane.block;
+    BlockBarrier& barrier = count == 0 ? lane.block->all : lane.block->some;
+    if (count == 0) count = static_cast<int>(lane.block->lanes.size());
     idle_rounds_ = 0;
     release_copies();
-    if (block.arrived > 0 && !(block.site == site)) {
-        fail(site, "%d threads of the block are in %s of line %d", block.arrived, block.site.op,
-             block.site.line);
+    if (lane.thread >= count) fail(site, "only the first %d threads meet here", count);
+    if (!barrier.waiting.empty() && !(barrier.site == site)) {
+        fail(site, "%zu threads of the block are in %s of line %d", barrier.waiting.size(), barrier.site.op,
+             barrier.site.line);
     }
-    block.site = site;
-    block.any |= value;
-    if (++block.arrived < static_cast<int>(block.warps.size()) * WARP_LANES) {
+    barrier.site = site;
+    barrier.any |= value;
+    if (static_cast<int>(barrier.waiting.size()) + 1 < count) {
+        barrier.waiting.push_back(&lane);
         lane.site = site;
         lane.mask = 0;
         leave(Lane::WAITS);
-        return block.result;
+        return barrier.result;
     }
-    block.arrived = 0;
-    block.result = block.any;
-    block.any = false;
-    for (Warp& warp : block.warps) {
-        for (Lane* other : warp.lanes) {
-            if (other != &lane) make_ready(*other);
-        }
-    }
-    const bool result = block.result;
+    const bool result = barrier.result = barrier.any;
+    barrier.any = false;
+    for (Lane* other : barrier.waiting) make_ready(*other);
+    barrier.waiting.clear();
     yield(false);
     return result;
 }
@@ -276,26 +300,33 @@ Words Machine::load(const void* p, uint32_t words, const Site& site) {
     yield(false);
     Lane& lane = *current_;
     Words value = read(p, words);
-    const uintptr_t address = reinterpret_cast<uintptr_t>(p), packet = address / 16 * 16;
-    if (lane.polled != packet) lane.polled_value = {};
-    uint32_t* known = lane.polled_value.word + address % 16 / 4;  // a packet may be read in parts
-    const bool same = lane.polled == packet && memcmp(known, value.word, 4 * words) == 0;
+    const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+    lane.polled = address / 16 * 16;
+    if (lane.found.size() > 64) lane.found.clear();
+    const bool looked = lane.found.count(lane.polled) > 0;
+    uint32_t* known = lane.found[lane.polled].word + address % 16 / 4;  // a packet may be read in parts
+    const bool same = looked && memcmp(known, value.word, 4 * words) == 0;
     lane.polls = same ? lane.polls + 1 : 0;
-    if (lane.polls >= 2) {  // it polls: let it rest until a store to this address is visible
-        lane.polls = 0;
+    if (lane.polls >
+        2 * static_cast<int>(lane.found.size())) {  // it polls: let it rest until a store there is visible
         lane.site = site;
         lane.mask = 0;
-        pollers_[line_of(p, lane.block->index)].push_back(&lane);
+        for (const auto& [packet, _] : lane.found) {
+            pollers_[line_of(reinterpret_cast<const void*>(packet), lane.block->index)].push_back(&lane);
+        }
         leave(Lane::POLLS);
         value = read(p, words);
+        lane.polls = 0;
+        lane.found.clear();
+        known = lane.found[lane.polled].word + address % 16 / 4;
     }
-    lane.polled = packet;
     memcpy(known, value.word, 4 * words);
     return value;
 }
 
 void Machine::store(void* p, const Words& value, uint32_t words) {
     if (p == options_.lost_packet) return;
+    *static_cast<volatile uint8_t*>(p);  // a fault is the storing lane's, not that of who shows the store
     idle_rounds_ = 0;
     const size_t offset = static_cast<uint8_t*>(p) - options_.kept;
     if (options_.kept != nullptr && offset < options_.kept_bytes) {
@@ -348,7 +379,9 @@ void Machine::show(const Sight& sight) {
 void Machine::wake(uint64_t line) {
     const auto found = pollers_.find(line);
     if (found == pollers_.end()) return;
-    for (Lane* lane : found->second) make_ready(*lane);
+    for (Lane* lane : found->second) {
+        if (lane->state == Lane::POLLS) make_ready(*lane);  // it may have been woken from elsewhere
+    }
     pollers_.erase(found);
 }
 
@@ -375,6 +408,111 @@ void Machine::copy_wait(size_t pending) {
         groups.pop_front();
     }
     yield(false);
+}
+
+// ---- bulk copies ----
+
+CountingBarrier& Machine::counting(const void* barrier, const Site& site) {
+    const auto found = barriers_.find(barrier);
+    if (found == barriers_.end()) fail(site, "the barrier at %p was never initialised", barrier);
+    return found->second;
+}
+
+void Machine::end_phase(CountingBarrier& state, const void* barrier, int block) {
+    if (state.left > 0 || state.missing_bytes != 0) return;
+    state.left = state.count;
+    state.parity ^= 1;
+    wake(line_of(barrier, block));
+    wake(shared_of(block));
+}
+
+void Machine::barrier_arrive(const void* barrier, uint32_t bytes, const Site& site) {
+    CountingBarrier& state = counting(barrier, site);
+    if (state.left == 0) fail(site, "more arrivals than the barrier counts");
+    idle_rounds_ = 0;
+    --state.left;
+    state.missing_bytes += bytes;
+    end_phase(state, barrier, current_->block->index);
+}
+
+void Machine::copy_bulk(const BulkCopy& copy, const Site& site) {
+    const uintptr_t places = reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from);
+    if (copy.bytes == 0 || (places | copy.bytes) % 16 != 0) {
+        fail(site, "%u bytes from %p to %p: multiples of 16 expected", copy.bytes,
+             static_cast<const void*>(copy.from), static_cast<const void*>(copy.to));
+    }
+    counting(copy.barrier, site);
+    // A fault is the copying lane's, not that of who lands the copy.
+    static_cast<volatile uint8_t*>(copy.to)[copy.bytes - 1];
+    static_cast<const volatile uint8_t*>(copy.from)[copy.bytes - 1];
+    if (random_.chance(policy_.copies_late)) {
+        memset(copy.to, 0xff, copy.bytes);
+        bulk_copies_.push_back(copy);
+    } else {
+        land(copy);
+        ++events_[COPY_LANDED_AT_ONCE];
+    }
+    yield(false);
+}
+
+void Machine::land(const BulkCopy& copy) {
+    idle_rounds_ = 0;
+    memcpy(copy.to, copy.from, copy.bytes);
+    CountingBarrier& state = barriers_[copy.barrier];
+    state.missing_bytes -= copy.bytes;
+    end_phase(state, copy.barrier, copy.block);
+}
+
+void Machine::land_some_copy() {
+    const size_t i = random_.below(static_cast<uint32_t>(bulk_copies_.size()));
+    std::swap(bulk_copies_[i], bulk_copies_.back());
+    const BulkCopy copy = bulk_copies_.back();
+    bulk_copies_.pop_back();
+    ++events_[COPY_LANDED_LATE];
+    land(copy);
+}
+
+// A lane that keeps looking at shared memory in vain rests until something there has changed.
+void Machine::rest_in_vain(bool in_vain, const Site& site) {
+    Lane& lane = *current_;
+    lane.looks = in_vain ? lane.looks + 1 : 0;
+    if (lane.looks < 4) return yield(in_vain);
+    lane.looks = 0;
+    lane.site = site;
+    lane.mask = 0;
+    lane.polled = 0;
+    pollers_[shared_of(lane.block->index)].push_back(&lane);
+    leave(Lane::POLLS);
+}
+
+bool Machine::barrier_test(const void* barrier, uint32_t parity, const Site& site) {
+    const bool ended = counting(barrier, site).parity != parity;
+    rest_in_vain(!ended, site);
+    return ended;
+}
+
+uint32_t Machine::load_shared(const uint32_t* p, const Site& site) {
+    rest_in_vain(true, site);
+    return *p;
+}
+
+void Machine::store_shared(uint32_t* p, uint32_t value) {
+    *p = value;
+    idle_rounds_ = 0;
+    wake(shared_of(current_->block->index));
+}
+
+bool Machine::barrier_try_wait(const void* barrier, uint32_t parity, const Site& site) {
+    yield(false);
+    if (counting(barrier, site).parity != parity) return true;
+    Lane& lane = *current_;
+    lane.site = site;
+    lane.mask = 0;
+    lane.polled = reinterpret_cast<uintptr_t>(barrier);
+    lane.polls = 0;
+    pollers_[line_of(barrier, lane.block->index)].push_back(&lane);
+    leave(Lane::POLLS);
+    return counting(barrier, site).parity != parity;
 }
 
 }  // namespace sim

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -87,6 +88,22 @@ struct Copy {
     const uint8_t* from;
 };
 
+// A copy that a barrier in shared memory counts.
+struct BulkCopy {
+    uint8_t* to;
+    const uint8_t* from;
+    uint32_t bytes;
+    const void* barrier;
+    int block;
+};
+
+// A barrier in shared memory: its phase ends when `left` is 0 and no announced byte is missing.
+struct CountingBarrier {
+    uint32_t count, left;
+    int64_t missing_bytes;
+    uint32_t parity;
+};
+
 struct Warp;
 struct Block;
 
@@ -102,9 +119,11 @@ struct Lane {
     uint32_t mask;         // of the warp's lanes that it waits for; 0: at a barrier or polling
     uint32_t operand[10];  // what it brings to a meeting of its warp,
     uint32_t result[4];    // and what it takes away
-    uintptr_t polled;      // the 16 bytes of its last relaxed load, and what it found there so far
-    Words polled_value;
-    int polls;                             // how often in a row it found nothing new there
+    uintptr_t polled;      // the 16 bytes of its last relaxed load
+    std::map<uintptr_t, Words>
+        found;  // what it found there and at others before, since it last found anything new
+    int looks;  // how often in a row it looked at shared memory in vain
+    int polls;  // how often in a row it found nothing new
     std::deque<std::vector<Copy>> copies;  // closed groups, oldest first; the last one is still open
     std::vector<Copy> landed;              // that no other lane may rely on yet
 };
@@ -120,6 +139,14 @@ struct Warp {
     std::vector<Meeting> meetings;
 };
 
+// Where threads of a block wait for each other.
+struct BlockBarrier {
+    std::vector<Lane*> waiting;
+    bool any = false;     // the or of what they brought
+    bool result = false;  // of the last complete meeting
+    Site site{};
+};
+
 struct Block {
     Block(int place, size_t shared_bytes, int threads)
         : index(place), shared(shared_bytes), warps(threads / WARP_LANES), lanes(threads) {}
@@ -128,10 +155,8 @@ struct Block {
     GuardedMemory shared;
     std::vector<Warp> warps;
     std::vector<Lane> lanes;
-    int arrived;  // lanes at the barrier
-    bool any;     // the or of what they brought
-    bool result;  // of the last complete barrier
-    Site site;
+    int lanes_left = 0;      // in the kernel
+    BlockBarrier all, some;  // of __syncthreads, of the first threads of the block
 };
 
 struct PendingStore {
@@ -175,18 +200,30 @@ class Machine {
     // All lanes of `mask` arrive here; the last one runs combine(warp), which turns operands into results.
     template <class Combine>
     void meet(uint32_t mask, const Site& site, Combine combine);
-    // All threads of the block arrive here; whether any of them brought `value`.
-    bool barrier(bool value, const Site& site);
+    // The first `count` threads of the block arrive here, all of them if it is 0; whether any brought
+    // `value`.
+    bool barrier(int count, bool value, const Site& site);
     Words load(const void* p, uint32_t words, const Site& site);
     void store(void* p, const Words& value, uint32_t words);
     void copy_async(uint8_t* to, const uint8_t* from);
     void copy_commit() { current_->copies.emplace_back(); }
     void copy_wait(size_t pending);
+    void barrier_init(const void* barrier, uint32_t count) { barriers_[barrier] = {count, count, 0, 0}; }
+    void barrier_arrive(const void* barrier, uint32_t bytes, const Site& site);
+    void copy_bulk(const BulkCopy& copy, const Site& site);
+    // Whether the barrier's phase of this parity has ended.
+    bool barrier_test(const void* barrier, uint32_t parity, const Site& site);
+    // The same; the lane rests once if it has not.
+    bool barrier_try_wait(const void* barrier, uint32_t parity, const Site& site);
+    // A word of shared memory, which lanes may poll.
+    uint32_t load_shared(const uint32_t* p, const Site& site);
+    void store_shared(uint32_t* p, uint32_t value);
     // Other lanes may rely on the lane's landed copies once they meet it here.
     void release_copies() { current_->landed.clear(); }
 
   private:
     static void lane_main();
+    void check_copies_landed();
     Words read(const void* p, uint32_t words) const;
     void choose_policy(int warps);
     void add_block(size_t shared_bytes, int threads);
@@ -199,6 +236,11 @@ class Machine {
     void show_some_store();
     void show(const Sight& sight);
     void wake(uint64_t line);
+    CountingBarrier& counting(const void* barrier, const Site& site);
+    void end_phase(CountingBarrier& state, const void* barrier, int block);
+    void rest_in_vain(bool in_vain, const Site& site);
+    void land(const BulkCopy& copy);
+    void land_some_copy();
     std::string who_waits() const;
 
     Options options_{};
@@ -218,6 +260,8 @@ class Machine {
     uint64_t stores_ = 0;                  // of the run so far
     std::vector<uint64_t> youngest_seen_;  // store, by block
     uint64_t events_[NUM_EVENTS] = {};
+    std::vector<BulkCopy> bulk_copies_;  // under way
+    std::unordered_map<const void*, CountingBarrier> barriers_;
     std::unordered_map<uint64_t, std::vector<Lane*>> pollers_;  // by block and 16 bytes of memory
 };
 

@@ -47,6 +47,42 @@ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
     memcpy(d, lane.result, 16);
 }
 
+inline void mma_16x8x8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, SIM_SITE) {
+    const uint32_t wide[4] = {a[0], a[1], 0, 0};
+    mma_16x8x16(d, wide, b, 0, file, line);
+}
+
+inline void load_transposed(uint32_t (&d)[2], const void* shared, SIM_SITE) {
+    sim::Lane& lane = sim::machine.lane();
+    memcpy(lane.operand, &shared, sizeof shared);
+    sim::machine.meet(sim::ALL_LANES, {"load_transposed", file, line}, [](sim::Warp& warp) {
+        uint16_t rows[2][8][8];  // [matrix][row][column]
+        for (int l = 0; l < 16; ++l) {
+            const void* row;
+            memcpy(&row, warp.lanes[l]->operand, sizeof row);
+            memcpy(rows[l / 8][l % 8], row, 16);
+        }
+        for (int l = 0; l < sim::WARP_LANES; ++l) {
+            for (int m = 0; m < 2; ++m) {
+                const int row = 2 * (l % 4), column = l / 4;
+                warp.lanes[l]->result[m] =
+                    rows[m][row][column] | static_cast<uint32_t>(rows[m][row + 1][column]) << 16;
+            }
+        }
+    });
+    memcpy(d, lane.result, 8);
+}
+
+inline uint32_t mask_or(uint32_t x, uint32_t mask, uint32_t bits) {
+    return (x & mask) | bits;
+}
+
+// Here a load is served when it is made. No lane waits for others: a vote makes them meet, but orders no
+// memory.
+inline bool all_have(float) {
+    return true;
+}
+
 inline uint32_t pack_bf16x2(float low, float high) {
     const auto round = [](float f) {
         const uint32_t bits = __float_as_uint(f);
@@ -87,6 +123,61 @@ inline void copy_async_commit() {
 template <int PENDING>
 inline void copy_async_wait() {
     sim::machine.copy_wait(PENDING);
+}
+
+inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
+    sim::machine.barrier_init(barrier, count);
+}
+
+inline void mbarrier_init_fence() {}
+
+inline void mbarrier_arrive(uint64_t* barrier, SIM_SITE) {
+    sim::machine.barrier_arrive(barrier, 0, {"mbarrier_arrive", file, line});
+}
+
+inline bool mbarrier_test(uint64_t* barrier, uint32_t parity, SIM_SITE) {
+    return sim::machine.barrier_test(barrier, parity, {"mbarrier_test", file, line});
+}
+
+inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes, SIM_SITE) {
+    sim::machine.barrier_arrive(barrier, bytes, {"mbarrier_arrive_expect", file, line});
+}
+
+inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity, SIM_SITE) {
+    return sim::machine.barrier_try_wait(barrier, parity, {"mbarrier_try_wait", file, line});
+}
+
+inline uint64_t evict_first_policy() {
+    return 0;
+}
+
+inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint64_t,
+                      SIM_SITE) {
+    sim::machine.copy_bulk({static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global), bytes,
+                            barrier, sim::machine.lane().block->index},
+                           {"copy_bulk", file, line});
+}
+
+template <int COUNT>
+inline void sync_threads(SIM_SITE) {
+    sim::machine.barrier(COUNT, false, {"sync_threads", file, line});
+}
+
+template <int COUNT>
+inline bool sync_threads_or(bool value, SIM_SITE) {
+    return sim::machine.barrier(COUNT, value, {"sync_threads_or", file, line});
+}
+
+inline uint32_t load_relaxed_shared(const uint32_t* p, SIM_SITE) {
+    return sim::machine.load_shared(p, {"load_relaxed_shared", file, line});
+}
+
+inline void store_relaxed_shared(uint32_t* p, uint32_t v) {
+    sim::machine.store_shared(p, v);
+}
+
+inline void trap(SIM_SITE) {
+    sim::machine.fail({"trap", file, line}, "the kernel ended itself");
 }
 
 inline uint4 load_relaxed_128(const uint4* p, SIM_SITE) {

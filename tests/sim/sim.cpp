@@ -48,7 +48,7 @@ extern "C" const char* sim_run(const PassArgs* args, uint64_t seed, const void* 
     pass_args = args;
     const auto* kept = sent == nullptr ? nullptr : reinterpret_cast<const uint8_t*>(args->exchange);
     sim::machine.run({seed, lost_packet, blocks, give_up, kept, sent_packets * sizeof(uint4), sent},
-                     SHARED_BYTES, THREADS, [] { ffmini_pass(*pass_args); });
+                     SHARED_BYTES, BLOCK_THREADS, [] { ffmini_pass(*pass_args); });
     return sim::machine.error().empty() ? nullptr : sim::machine.error().c_str();
 }
 

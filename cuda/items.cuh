@@ -1,0 +1,90 @@
+// How attention is cut into items, one for each (row of the pass, up to 8 query heads of one KV head, block
+// of 256 positions), and how they are spread over the grid. What fetches keys and values ahead and what
+// multiplies them agree by it.
+#pragma once
+
+#include "config.cuh"
+
+__constant__ int WINDOWS[NUM_LAYERS] = {LAYER_WINDOWS};  // positions in sight, the row's own included; 0: all
+
+// What a row of the pass attends to.
+struct Span {
+    int first_row;    // of the pass's rows in this slot
+    int fresh_from;   // its position: from here on K and V are in this pass's packets
+    int first, last;  // visible positions, both included
+
+    __device__ Span(const PassArgs& args, int row, int window) {
+        first_row = row;
+        while (first_row > 0 && args.rows[first_row - 1].slot == args.rows[row].slot) --first_row;
+        fresh_from = args.rows[first_row].position;
+        last = args.rows[row].position;
+        first = window > 0 ? max_of(0, last - window + 1) : 0;
+    }
+    __device__ int first_split() const { return first / KV_BLOCK; }
+    __device__ int splits() const { return last / KV_BLOCK - first / KV_BLOCK + 1; }
+};
+
+struct Item {
+    int row;
+    int first_head;  // of up to ITEM_HEADS query heads of one KV head
+    int split;       // counted from the row's first one
+    int begin,
+        end;    // positions of the split that the row sees: begin <= p < end; none if the row has no split
+    int fresh;  // the first of them whose K and V are in this pass's packets; end if none
+    int fresh_row;  // the row of the pass at position `fresh`
+
+    __device__ int kv_head() const { return first_head / HEADS_PER_KV; }
+    __device__ int heads() const { return min_of(ITEM_HEADS, (kv_head() + 1) * HEADS_PER_KV - first_head); }
+    __device__ int tile_begin(int warp) const { return begin / KV_BLOCK * KV_BLOCK + warp * KV_TILE; }
+    // How many positions of warp `warp`'s tile exist; 0 if the row sees none of them.
+    __device__ int tile_positions(int warp) const {
+        const int first = tile_begin(warp);
+        return first < end && first + KV_TILE > begin ? min_of(KV_TILE, MAX_SEQ_LEN - first) : 0;
+    }
+    // In the cache: the vector [HEAD_DIM] of position `p`.
+    __device__ uint64_t cache_offset(const PassArgs& args, int layer, int p) const {
+        const uint64_t slot = static_cast<uint64_t>(layer) * args.num_slots + args.rows[row].slot;
+        return ((slot * NUM_KV_HEADS + kv_head()) * MAX_SEQ_LEN + p) * HEAD_DIM;
+    }
+};
+
+// The items of one layer. A block takes first(), first() + gridDim.x, ...: another block begins in each
+// layer, so that short contexts burden all blocks alike.
+class ItemList {
+  public:
+    __device__ ItemList(const PassArgs& args, int layer)
+        : args_(args), window_(WINDOWS[layer]), layer_(layer) {
+        for (int row = 0; row < num_rows(args); ++row) {
+            most_splits_ = max_of(most_splits_, Span(args, row, window_).splits());
+        }
+    }
+
+    __device__ int most_splits() const { return most_splits_; }
+    // The absolute number of the row's first split, and how many it has.
+    __device__ int first_split(int row) const { return Span(args_, row, window_).first_split(); }
+    __device__ int splits(int row) const { return Span(args_, row, window_).splits(); }
+    __device__ int count() const { return most_splits_ * num_rows(args_) * ITEM_GROUPS; }
+    __device__ int first() const {
+        return static_cast<int>((blockIdx.x + static_cast<uint32_t>(layer_) * ITEM_GROUPS) % gridDim.x);
+    }
+
+    __device__ Item operator[](int index) const {
+        const int group = index % ITEM_GROUPS, row = index / ITEM_GROUPS % num_rows(args_);
+        const Span span(args_, row, window_);
+        Item item;
+        item.row = row;
+        item.first_head = group / HEAD_GROUPS * HEADS_PER_KV + group % HEAD_GROUPS * ITEM_HEADS;
+        item.split = index / ITEM_GROUPS / num_rows(args_);
+        const int block = span.first_split() + item.split;
+        item.begin = max_of(block * KV_BLOCK, span.first);
+        item.end = min_of((block + 1) * KV_BLOCK, span.last + 1);
+        item.fresh = min_of(item.end, max_of(item.begin, span.fresh_from));
+        item.fresh_row = span.first_row + item.fresh - span.fresh_from;
+        return item;
+    }
+
+  private:
+    const PassArgs& args_;
+    int window_, layer_;
+    int most_splits_ = 0;
+};
