@@ -219,8 +219,9 @@ class GPUDecoder:
         self._norm = cupy.asarray(packed.norm)
         self._rope = tuple(cupy.asarray(table) for table in rope_tables(config, self.max_seq_len))
         shape = (config.num_layers, 1, config.num_kv_heads, self.max_seq_len, config.head_dim)
-        self.key_cache = cupy.empty(shape, dtype=cupy.uint16)
-        self.value_cache = cupy.empty(shape, dtype=cupy.uint16)
+        # Zeros: tiles of positions are fetched whole, those without a token masked out afterwards.
+        self.key_cache = cupy.zeros(shape, dtype=cupy.uint16)
+        self.value_cache = cupy.zeros(shape, dtype=cupy.uint16)
         self._logits = cupy.empty((max(self._builds), config.vocab_size), dtype=cupy.float32)
         self._status = cupy.zeros(STATUS.itemsize // 4, dtype=cupy.uint32)
         build = next(iter(self._builds.values()))
