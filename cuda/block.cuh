@@ -95,9 +95,8 @@ struct Block {
         return reinterpret_cast<SharedTail*>(memory + round_up(SCRATCH_BYTES, 128));
     }
     __device__ SharedTail* shared() const { return tail(memory); }
-    __device__ uint16_t* activations() const {
-        return reinterpret_cast<uint16_t*>(memory);
-    }  // bf16 [ROWS][ACTIVATION_STRIDE]
+    // bf16 [ROWS][ACTIVATION_STRIDE]
+    __device__ uint16_t* activations() const { return reinterpret_cast<uint16_t*>(memory); }
     __device__ AttentionScratch* attention() const { return reinterpret_cast<AttentionScratch*>(memory); }
     __device__ MergeScratch* merge() const { return reinterpret_cast<MergeScratch*>(memory); }
 

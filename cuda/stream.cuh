@@ -57,8 +57,7 @@ __device__ __forceinline__ int own_tiles(int tiles) {
 
 // Walks over the slots that one warp consumes in a pass. In a stage with a matrix a block's work is a list of
 // units, one per (own tile, segment of k), segments innermost; warp w takes units w, w + WARPS, ... In
-// attention the units are the keys and then the values of the warp's tile of each of the block's items. It
-// lies in shared memory: it is looked at once per slot, and registers are short.
+// attention the units are the keys and then the values of the warp's tile of each of the block's items.
 class Cursor {
   public:
     __device__ void start(const PassArgs& args, int warp) {
@@ -77,8 +76,8 @@ class Cursor {
         if (--slots_left_ == 0 && stage_ != STAGE_ATTENTION) next_segment();
     }
 
-    // Moves to the next unit, which is not of the same matrix. It takes registers: not to be called in an
-    // inner loop.
+    // Moves to the next unit, which is not of the same matrix. It takes time and registers: computing warps
+    // call it between units only.
     __device__ void cross(const PassArgs& args) {
         if (stage_ == STAGE_ATTENTION && next_keys_or_values(args)) return;
         do {
@@ -147,7 +146,7 @@ class Cursor {
     }
 
     const uint8_t* next_;
-    int slots_left_;  // of the unit; 0 only at the end of the stream
+    int slots_left_;  // of the unit; 0 where cross() must be called, and at the end of the stream
     int slot_bytes_, last_bytes_;
     int warp_, layer_, stage_, unit_, segment_;
     const uint8_t* matrix_;
@@ -155,7 +154,8 @@ class Cursor {
 
 // ---- the rings: one for each warp, of SLOTS slots in shared memory ----
 
-// What CopyRing keeps in shared memory besides its slots.
+// What CopyRing keeps in shared memory besides its slots: a cursor is looked at once per slot, and the
+// registers of a computing warp are short.
 struct CopyState {
     Cursor cursor[WARPS];
 };
@@ -175,7 +175,7 @@ class CopyRing {
 
     // The oldest fetched slot, once it has landed.
     __device__ const uint8_t* wait() {
-        copy_async_wait<SLOTS - 1>();  // at least as many groups were closed since, see release()
+        copy_async_wait<SLOTS - 1>();  // as many groups were closed since: release(), refill()
         __syncwarp();
         return slots_ + head_ * SLOT_CAPACITY;
     }

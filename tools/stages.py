@@ -15,7 +15,7 @@ import numpy as np
 
 from ffmini.bench import SEED, fill_cache, random_model
 from ffmini.config import parse_config
-from ffmini.gpu import GPUDecoder
+from ffmini.gpu import GPUDecoder, why_unusable
 from ffmini.packing import PackedModel
 from ffmini.shapes import SHAPES
 
@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--cp-async", action="store_true", help="the ring of GPUs without bulk copies")
     args = parser.parse_args()
+    if (reason := why_unusable()) is not None:
+        raise SystemExit(f"stages: a GPU expected: {reason}")
     config = parse_config(SHAPES[args.shape], args.shape)
     layers = args.layers or config.num_layers
     config = dataclasses.replace(config, num_layers=layers, layer_windows=config.layer_windows[:layers])
