@@ -43,14 +43,15 @@ __device__ __forceinline__ bool receive_vectors(const Block& block, const Item& 
 }
 
 // One warp norms (if the model does), rotates by the angles of the pass's row `row` and rounds one head's
-// vector.
+// vector into target[place(d)].
+template <class Place>
 __device__ __forceinline__ void norm_and_rotate(const Block& block, const float* vector, const float* weight,
-                                                int row, uint16_t* target) {
+                                                int row, uint16_t* target, Place place) {
     float scale = 1.0f;
     if (QK_NORM) {
         float squares = 0.0f;
         for (int d = block.lane(); d < HEAD_DIM; d += 32) squares = fmaf(vector[d], vector[d], squares);
-        scale = 1.0f / sqrtf(block.warp_sum(squares) / HEAD_DIM + RMS_NORM_EPS);
+        scale = rsqrt_approx(block.warp_sum(squares) * (1.0f / HEAD_DIM) + RMS_NORM_EPS);
     }
     const float* cosines = block.shared()->rope_cos + row * (HEAD_DIM / 2);
     const float* sines = block.shared()->rope_sin + row * (HEAD_DIM / 2);
@@ -62,12 +63,12 @@ __device__ __forceinline__ void norm_and_rotate(const Block& block, const float*
         }
         const float c = cosines[d], s = sines[d];
         const uint32_t pair = pack_bf16x2(fmaf(low, c, -(high * s)), fmaf(high, c, low * s));
-        target[d] = static_cast<uint16_t>(pair);
-        target[d + HEAD_DIM / 2] = static_cast<uint16_t>(pair >> 16);
+        target[place(d)] = static_cast<uint16_t>(pair);
+        target[place(d + HEAD_DIM / 2)] = static_cast<uint16_t>(pair >> 16);
     }
 }
 
-// Fills query_bf16, key_bf16 and value_bf16 of the item, and appends the row's own K and V to the cache.
+// Fills query_bf16, key_bf16 and value_bf16 of the item.
 __device__ __forceinline__ bool load_item(Block& block, const Item& item, int layer, const uint4* qkv,
                                           uint32_t tag, int where) {
     AttentionScratch& s = *block.attention();
@@ -87,27 +88,34 @@ __device__ __forceinline__ bool load_item(Block& block, const Item& item, int la
     for (int v = block.warp(); v < item.heads() + item.end - item.fresh; v += WARPS) {
         const int i = v - item.heads();
         if (i < 0) {
-            norm_and_rotate(block, s.query + v * HEAD_DIM, s.norm, item.row, s.query_bf16 + v * QUERY_STRIDE);
+            norm_and_rotate(block, s.query + v * HEAD_DIM, s.norm, item.row, s.query_bf16 + v * QUERY_STRIDE,
+                            [](int d) { return d; });
             continue;
         }
         norm_and_rotate(block, s.key + i * HEAD_DIM, s.norm + HEAD_DIM, item.fresh_row + i,
-                        s.key_bf16 + i * HEAD_DIM);
+                        s.key_bf16 + i * HEAD_DIM,
+                        [&](int d) { return rotated(d, item.fresh + i, KEY_ROTATION); });
         for (int d = block.lane(); d < HEAD_DIM; d += 32) {
-            s.value_bf16[i * HEAD_DIM + d] =
+            s.value_bf16[i * HEAD_DIM + rotated(d, item.fresh + i, VALUE_ROTATION)] =
                 static_cast<uint16_t>(pack_bf16x2(s.value[i * HEAD_DIM + d], 0.0f));
         }
     }
     sync_threads<THREADS>();
-    const int position = block.args.rows[item.row].position;
-    if (item.end == position + 1 && item.first_head == item.kv_head() * HEADS_PER_KV) {
-        const uint64_t at = item.cache_offset(block.args, layer, position);
-        const int own = (position - item.fresh) * HEAD_DIM;
-        for (int d = block.thread; d < HEAD_DIM; d += THREADS) {
-            block.args.key_cache[at + d] = s.key_bf16[own + d];
-            block.args.value_cache[at + d] = s.value_bf16[own + d];
-        }
-    }
     return true;
+}
+
+// Appends the row's own K and V to the cache if the item is the one to do it: the last block of positions,
+// the first query heads of the KV head.
+__device__ __forceinline__ void append_to_cache(const Block& block, const Item& item, int layer) {
+    const AttentionScratch& s = *block.attention();
+    const int position = block.args.rows[item.row].position;
+    if (item.end != position + 1 || item.first_head != item.kv_head() * HEADS_PER_KV) return;
+    const uint64_t at = item.cache_offset(block.args, layer, position);
+    const int own = (position - item.fresh) * HEAD_DIM;
+    for (int d = block.thread; d < HEAD_DIM; d += THREADS) {
+        block.args.key_cache[at + d] = s.key_bf16[own + d];
+        block.args.value_cache[at + d] = s.value_bf16[own + d];
+    }
 }
 
 // ---- a warp's tile of positions ----
@@ -128,7 +136,12 @@ constexpr int TILE_RUNS = KV_TILE / KV_RUN;
 __device__ __forceinline__ void score_tile(Block& block, const Item& item, float (&score)[TILE_RUNS][2]) {
     const int t = block.lane() % 4, g = block.lane() / 4;
     const int first = item.tile_begin(block.warp()), positions = item.tile_positions(block.warp());
-    const uint16_t* query = block.attention()->query_bf16 + g * QUERY_STRIDE + 8 * t;
+    uint4 query[HEAD_DIM_PAD / 32];
+#pragma unroll
+    for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
+        const uint16_t* row = block.attention()->query_bf16 + g * QUERY_STRIDE;
+        query[j] = *reinterpret_cast<const uint4*>(row + 32 * j + 8 * t);
+    }
     const uint8_t* slot = nullptr;
     for (int run = 0; run < TILE_RUNS; ++run) score[run][0] = score[run][1] = MASKED;
 #pragma unroll
@@ -136,16 +149,18 @@ __device__ __forceinline__ void score_tile(Block& block, const Item& item, float
         const int in_slot = run * KV_RUN % KV_SLOT;
         if (run * KV_RUN / KV_SLOT * KV_SLOT >= positions) break;
         if (in_slot == 0) slot = block.stream.wait();
-        const uint8_t* key = vector_at(item, slot, first + run * KV_RUN - in_slot,
-                                       block.attention()->key_bf16, first + run * KV_RUN + g % KV_RUN);
+        const int own = first + run * KV_RUN + g % KV_RUN;
+        const uint8_t* key =
+            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->key_bf16, own);
         float dots[4] = {};
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
             const int d = 32 * j + 8 * t;
             uint4 k = make_uint4(0, 0, 0, 0);
-            if (HEAD_DIM % 32 == 0 || d < HEAD_DIM) k = *reinterpret_cast<const uint4*>(key + 2 * d);
-            const uint4 q = *reinterpret_cast<const uint4*>(query + 32 * j);
-            const uint32_t low[4] = {q.x, 0, q.y, 0}, high[4] = {q.z, 0, q.w, 0};
+            if (HEAD_DIM % 32 == 0 || d < HEAD_DIM) {
+                k = *reinterpret_cast<const uint4*>(key + 2 * rotated(d, own, KEY_ROTATION));
+            }
+            const uint32_t low[4] = {query[j].x, 0, query[j].y, 0}, high[4] = {query[j].z, 0, query[j].w, 0};
             mma_16x8x16(dots, low, k.x, k.y);
             mma_16x8x16(dots, high, k.z, k.w);
         }
@@ -168,9 +183,12 @@ __device__ __forceinline__ void softmax_tile(Block& block, const Item& item,
     for (int run = 0; run < TILE_RUNS; ++run) top = fmaxf(top, fmaxf(score[run][0], score[run][1]));
     top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
-    if (block.lane() % 4 == 0) s.tile_max[block.warp() * TILE_HEADS + head] = top;
+    if (block.lane() % 4 == 0) s.tile_max[head * WARPS + block.warp()] = top;
     sync_threads<THREADS>();
-    for (int tile = 0; tile < WARPS; ++tile) top = fmaxf(top, s.tile_max[tile * TILE_HEADS + head]);
+    for (int tile = 0; tile < WARPS; tile += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(s.tile_max + head * WARPS + tile);
+        top = fmaxf(fmaxf(top, fmaxf(four.x, four.y)), fmaxf(four.z, four.w));
+    }
     float sum = 0.0f;
     for (int run = 0; run < TILE_RUNS; ++run) {
         p[run] = pack_bf16x2(exp2_approx(score[run][0] - top), exp2_approx(score[run][1] - top));
@@ -179,7 +197,7 @@ __device__ __forceinline__ void softmax_tile(Block& block, const Item& item,
     }
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
-    if (block.lane() % 4 == 0) s.tile_sum[block.warp() * TILE_HEADS + head] = sum;
+    if (block.lane() % 4 == 0) s.tile_sum[head * WARPS + block.warp()] = sum;
     if (block.warp() == 0 && block.lane() % 4 == 0 && head < item.heads()) s.max[head] = top;
 }
 
@@ -208,29 +226,30 @@ __device__ __forceinline__ void weigh_values(Block& block, const Item& item, con
         if (2 * t < KV_RUN && position >= item.begin && position < item.end) mask |= 0xffff;
         if (2 * t + 1 < KV_RUN && position + 1 >= item.begin && position + 1 < item.end) mask |= 0xffff0000;
         const int half = block.lane() / 8 % 2;  // lanes 8 to 15 give the rows of the upper eight dimensions
+        const int own = first + run * KV_RUN + block.lane() % KV_RUN;
         const uint8_t* value =
-            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->value_bf16,
-                      first + run * KV_RUN + block.lane() % KV_RUN);
+            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->value_bf16, own);
+        uint32_t a[HEAD_DIM_TILES][2];
 #pragma unroll
         for (int m = 0; m < HEAD_DIM_TILES; ++m) {
             const int d = min_of(16 * m + 8 * half, HEAD_DIM - 8);
-            uint32_t a[2];
-            load_transposed(a, value + 2 * d);
-            a[0] &= mask, a[1] &= mask;
-            mma_16x8x8(out[m], a, p[run]);
+            load_transposed(a[m], value + 2 * rotated(d, own, VALUE_ROTATION));
+        }
+#pragma unroll
+        for (int m = 0; m < HEAD_DIM_TILES; ++m) {
+            a[m][0] &= mask, a[m][1] &= mask;
+            mma_16x8x8(out[m], a[m], p[run]);
         }
         if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS) block.stream.release(sum_of(out));
     }
 }
 
-// Adds up the warps' shares in ascending order of positions: s.out[head][dimension] and s.sum[head]. Every
-// thread may read them when it returns.
+// Adds up the warps' shares in ascending order of positions: s.out[head][dimension] and s.sum[head]. One warp
+// takes a head, and alone knows the result when it returns. Tiles that nothing is seen of hold zeros.
 __device__ __forceinline__ void add_tiles(Block& block, const Item& item,
                                           const float (&out)[HEAD_DIM_TILES][4]) {
     AttentionScratch& s = *block.attention();
-    const int t = block.lane() % 4, g = block.lane() / 4, heads = item.heads();
-    const int first = (item.begin - item.tile_begin(0)) / KV_TILE,
-              last = (item.end - 1 - item.tile_begin(0)) / KV_TILE;
+    const int t = block.lane() % 4, g = block.lane() / 4, heads = item.heads(), own = block.warp();
 #pragma unroll
     for (int sweep = 0; sweep < HEAD_DIM_TILES; sweep += SWEEP_TILES) {
         if (sweep > 0) sync_threads<THREADS>();
@@ -242,32 +261,29 @@ __device__ __forceinline__ void add_tiles(Block& block, const Item& item,
             }
         }
         sync_threads<THREADS>();
-        for (int i = block.thread; i < heads * SWEEP_DIMS; i += THREADS) {
-            const int head = i / SWEEP_DIMS, d = sweep * TILE_ROWS + i % SWEEP_DIMS;
-            if (d >= HEAD_DIM) continue;
+        for (int i = block.lane(); i < SWEEP_DIMS && own < heads; i += 32) {
             float sum = 0.0f;
-#pragma unroll 8
-            for (int tile = first; tile <= last; ++tile) {
-                sum += s.partial[tile * ITEM_HEADS * SWEEP_DIMS + i];
+#pragma unroll
+            for (int tile = 0; tile < WARPS; ++tile) {
+                sum += s.partial[(tile * ITEM_HEADS + own) * SWEEP_DIMS + i];
             }
-            s.out[head * HEAD_DIM + d] = sum;
+            if (sweep * TILE_ROWS + i < HEAD_DIM) s.out[own * HEAD_DIM + sweep * TILE_ROWS + i] = sum;
         }
     }
-    if (block.thread < heads) {
+    if (own < heads && block.lane() == 0) {
         float sum = 0.0f;
-#pragma unroll 8
-        for (int tile = first; tile <= last; ++tile) sum += s.tile_sum[tile * TILE_HEADS + block.thread];
-        s.sum[block.thread] = sum;
+#pragma unroll
+        for (int tile = 0; tile < WARPS; ++tile) sum += s.tile_sum[own * WARPS + tile];
+        s.sum[own] = sum;
     }
-    sync_threads<THREADS>();
+    __syncwarp();
 }
 
 // ---- a whole item ----
 
-// Publishes one head's finished vector, out / sum, six bf16 to a packet.
-__device__ __forceinline__ void publish_head(const float* out, float sum, int packet_index, uint4* packets,
-                                             uint32_t tag) {
-    const float inverse = 1.0f / sum;
+// Publishes one head's finished vector, out * inverse, six bf16 to a packet.
+__device__ __forceinline__ void publish_head(const float* out, float inverse, int packet_index,
+                                             uint4* packets, uint32_t tag) {
     uint32_t words[3];
     for (int w = 0; w < 3; ++w) {
         const int d = 6 * packet_index + 2 * w;
@@ -291,8 +307,27 @@ __device__ __forceinline__ void publish_partial(const AttentionScratch& s, int h
     publish(packets + packet_index, words[0], words[1], words[2], tag);
 }
 
-// Publishes the item's share as a partial softmax of its row or, if it is the `whole`, as attention's
-// finished output.
+// One warp publishes what add_tiles() left it: its head's share of a partial softmax or, if the item is the
+// `whole`, attention's finished output.
+__device__ __forceinline__ void publish_item(const Block& block, const Item& item,
+                                             const LayerPackets& packets, bool whole, uint32_t tag) {
+    const AttentionScratch& s = *block.attention();
+    const int head = block.warp(), row_head = item.row * NUM_HEADS + item.first_head + head;
+    if (head >= item.heads()) return;
+    if (whole) {
+        const float inverse = 1.0f / s.sum[head];
+        for (int i = block.lane(); i < HEAD_PACKETS; i += 32) {
+            publish_head(s.out + head * HEAD_DIM, inverse, i, packets.attention() + row_head * HEAD_PACKETS,
+                         tag);
+        }
+        return;
+    }
+    uint4* partials = partial_packets(block.args.exchange) +
+                      (static_cast<uint64_t>(row_head) * MAX_SPLITS + item.split) * PARTIAL_PACKETS;
+    for (int i = block.lane(); i < PARTIAL_PACKETS; i += 32) publish_partial(s, head, i, partials, tag);
+}
+
+// Works on one item from its vectors to what it publishes.
 __device__ __forceinline__ bool attend(Block& block, const Item& item, int layer, const LayerPackets& packets,
                                        bool whole, uint32_t tag, int where) {
     if (!load_item(block, item, layer, packets.qkv(), tag, where)) return false;
@@ -303,22 +338,9 @@ __device__ __forceinline__ bool attend(Block& block, const Item& item, int layer
     softmax_tile(block, item, score, p);
     weigh_values(block, item, p, out);
     add_tiles(block, item, out);
+    publish_item(block, item, packets, whole, tag);
+    append_to_cache(block, item, layer);
     block.stream.refill();
-    uint4* partials = partial_packets(block.args.exchange);
-    const int count = whole ? HEAD_PACKETS : PARTIAL_PACKETS;
-    for (int i = block.thread; i < item.heads() * count; i += THREADS) {
-        const int head = i / count, index = i % count;
-        const int row_head = item.row * NUM_HEADS + item.first_head + head;
-        if (whole) {
-            publish_head(block.attention()->out + head * HEAD_DIM, block.attention()->sum[head], index,
-                         packets.attention() + row_head * HEAD_PACKETS, tag);
-        } else {
-            publish_partial(
-                *block.attention(), head, index,
-                partials + (static_cast<uint64_t>(row_head) * MAX_SPLITS + item.split) * PARTIAL_PACKETS,
-                tag);
-        }
-    }
     sync_threads<THREADS>();
     return true;
 }
@@ -387,7 +409,7 @@ __device__ __forceinline__ bool merge_splits(Block& block, int row_head, int fir
     }
     sync_threads<THREADS>();
     for (int i = block.thread; i < HEAD_PACKETS; i += THREADS) {
-        publish_head(s.out, sum, i, target + row_head * HEAD_PACKETS, tag);
+        publish_head(s.out, 1.0f / sum, i, target + row_head * HEAD_PACKETS, tag);
     }
     sync_threads<THREADS>();
     return true;

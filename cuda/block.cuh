@@ -29,8 +29,8 @@ struct AttentionScratch {
     alignas(16) uint16_t query_bf16[TILE_HEADS * QUERY_STRIDE];
     alignas(16) uint16_t key_bf16[ROWS * HEAD_DIM];
     alignas(16) uint16_t value_bf16[ROWS * HEAD_DIM];
-    float tile_max[WARPS * TILE_HEADS];
-    float tile_sum[WARPS * TILE_HEADS];
+    alignas(16) float tile_max[TILE_HEADS * WARPS];              // [head][tile of positions]
+    float tile_sum[TILE_HEADS * WARPS];                          // the same
     alignas(16) float partial[WARPS * ITEM_HEADS * SWEEP_DIMS];  // [tile of positions][head][dimension]
     float out[ITEM_HEADS * HEAD_DIM];
     float max[ITEM_HEADS];
@@ -58,7 +58,7 @@ using RingOf = CopyRing<SLOTS>;
 #endif
 
 struct SharedTail {
-    float segment_sum[WEIGHT_BITS == 4 ? WARPS * SEGMENT / GROUP_SIZE * MAX_ROWS : 1];
+    int own_tiles[NUM_STAGES];                                   // of the stage's matrix, for this block
     alignas(16) float part[2 * ROUND_UNITS * ROWS * TILE_ROWS];  // [parity of the round][unit][row][output]
     float carry[2 * ROWS * TILE_ROWS];             // [parity of the round][row][output of the tile]
     float residual[OWN_TILES * ROWS * TILE_ROWS];  // [own tile][row][output of the tile]
@@ -87,7 +87,9 @@ struct Block {
     RingOf<RING_SLOTS> stream;
 
     __device__ Block(const PassArgs& pass_args, uint8_t* bytes)
-        : args(pass_args), memory(bytes), stream(pass_args, tail(bytes)->ring, bytes + FIXED_BYTES) {
+        : args(pass_args),
+          memory(opaque_shared(bytes)),
+          stream(pass_args, tail(memory)->ring, memory + FIXED_BYTES) {
         locate();
     }
 
@@ -100,6 +102,7 @@ struct Block {
     __device__ AttentionScratch* attention() const { return reinterpret_cast<AttentionScratch*>(memory); }
     __device__ MergeScratch* merge() const { return reinterpret_cast<MergeScratch*>(memory); }
 
+    __device__ int own_tiles(Stage stage) const { return shared()->own_tiles[stage]; }
     __device__ int warp() const { return thread / 32; }
     __device__ int lane() const { return thread % 32; }
 
@@ -112,6 +115,16 @@ struct Block {
         return x;
     }
 };
+
+// Calls body(job, valid) for each job of 16 lanes, all warps sharing them out. Both halves of a warp call it
+// together, as shuffles want; a half that has no job gets the last one once more, and is not `valid`.
+template <class Body>
+__device__ __forceinline__ void for_half_warps(const Block& block, int jobs, Body body) {
+    for (int first = 2 * block.warp(); first < jobs; first += 2 * WARPS) {
+        const int job = first + block.lane() / 16;
+        body(min_of(job, jobs - 1), job < jobs);
+    }
+}
 
 // When a thread of each block passed a place, for tools/stages.py: a build of its own.
 enum Mark {

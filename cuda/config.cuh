@@ -132,8 +132,8 @@ struct PassArgs {
     const float* norm;             // [HIDDEN_SIZE]
     const float* rope_cos;         // [MAX_SEQ_LEN][HEAD_DIM / 2]
     const float* rope_sin;         // [MAX_SEQ_LEN][HEAD_DIM / 2]
-    uint16_t* key_cache;           // bf16 [NUM_LAYERS][num_slots][NUM_KV_HEADS][MAX_SEQ_LEN][HEAD_DIM]
-    uint16_t* value_cache;         // the same
+    uint16_t* key_cache;           // bf16 [NUM_LAYERS][num_slots][NUM_KV_HEADS][MAX_SEQ_LEN][HEAD_DIM],
+    uint16_t* value_cache;         // the same; within a vector as rotated() says (items.cuh)
     uint4* exchange;               // [EXCHANGE_PACKETS], zeroed once; see exchange.cuh
     float* logits;                 // [ROWS][VOCAB_SIZE]
     Status* status;
@@ -148,4 +148,9 @@ struct PassArgs {
 
 __device__ __forceinline__ int num_rows(const PassArgs& args) {
     return ROWS == 1 ? 1 : args.num_rows;
+}
+
+// The row of element `index` of [rows][size].
+__device__ __forceinline__ int row_of(int index, int size) {
+    return ROWS == 1 ? 0 : index / size;
 }

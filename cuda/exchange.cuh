@@ -136,10 +136,26 @@ __device__ __forceinline__ bool receive_some(const PassArgs& args, int first, in
     return true;
 }
 
-// The same for `count` packets, MOST at most, shared out among the block's threads.
+// Waits for one packet on behalf of the warp; false in all lanes if it did not come.
+__device__ __forceinline__ bool await_packet(const Block& block, const uint4* packet, uint32_t tag,
+                                             int where) {
+    Patience patience(block.args, where);
+    for (;;) {
+        const bool missing = block.lane() == 0 && load_relaxed_128(packet).w != tag;
+        if (!__any_sync(0xffffffff, missing)) return true;
+        if (__any_sync(0xffffffff, missing && !patience.more())) return false;
+    }
+}
+
+// The same for `count` packets, MOST at most, shared out among the block's threads. Where a thread has
+// several, its warp asks for the first alone until it is there: a grid that asks for all of them again and
+// again keeps the L2 too busy to deliver them.
 template <int MOST, class At, class Take>
 __device__ __forceinline__ bool receive(const Block& block, int count, uint32_t tag, int where, At at,
                                         Take take) {
     constexpr int BATCH = min_of(RECEIVE_BATCH, ceil_div(MOST, THREADS));
+    if (BATCH > 1 && block.warp() * 32 < count && !await_packet(block, at(block.warp() * 32), tag, where)) {
+        return false;
+    }
     return receive_some<BATCH>(block.args, block.thread, THREADS, count, tag, where, at, take);
 }

@@ -17,38 +17,42 @@ __device__ __forceinline__ const float* layer_vectors(const Block& block, int la
     return block.args.vectors + static_cast<uint64_t>(layer) * VECTORS_SIZE;
 }
 
-// Publishes 16 floats that lie in lanes 0 to 15 of a half warp as the packets of tile `tile`.
+// Publishes 16 floats, which lie in the lanes of a half warp, as the packets of tile `tile`. The whole warp
+// calls it, as all that share out work among half warps; a half that is not `valid` publishes nothing.
 __device__ __forceinline__ void publish_floats(const Block& block, uint4* packets, int tile, float value,
-                                               uint32_t tag) {
+                                               uint32_t tag, bool valid) {
     const int base = block.lane() & 16, output = block.lane() & 15;
     uint32_t words[3];
     for (int w = 0; w < 3; ++w) {
-        const int source = base + min_of(output / 3 * 8 + output % 3 * 3 + w, 15);
-        words[w] = __shfl_sync(0xffffu << base, __float_as_uint(value), source);
+        const int source = base + min_of(3 * output + w - (output > 2), 15);  // 3, 3, 2, 3, 3, 2 of them
+        words[w] = __shfl_sync(0xffffffff, __float_as_uint(value), source);
     }
-    if (output < FLOAT_PACKETS) {
+    if (valid && output < FLOAT_PACKETS) {
         publish(packets + tile * FLOAT_PACKETS + output, words[0], words[1], words[2], tag);
     }
 }
 
-// Publishes a tile of the residual stream, in lanes 0 to 15 of a half warp, for the norm that comes next: the
+// `x` of this lane and its neighbour as two bf16: of lanes 2i and 2i + 1, the same word in both.
+__device__ __forceinline__ uint32_t pack_with_neighbour(const Block& block, float x) {
+    const float other = __shfl_xor_sync(0xffffffff, x, 1);
+    return block.lane() % 2 == 0 ? pack_bf16x2(x, other) : pack_bf16x2(other, x);
+}
+
+// Publishes a tile of the residual stream, in the lanes of a half warp, for the norm that comes next: the
 // elements times the norm's weights as bf16, and the sum of their squares. One over the root mean square
 // comes in after the product, which is linear.
 __device__ __forceinline__ void publish_residual(const Block& block, uint4* packets, int tile, float x,
-                                                 float weight, uint32_t tag) {
+                                                 float weight, uint32_t tag, bool valid) {
     const int base = block.lane() & 16, output = block.lane() & 15;
-    const uint32_t half_warp = 0xffffu << base;
-    float squares = x * x;
-    for (int offset = 8; offset > 0; offset /= 2) squares += __shfl_xor_sync(half_warp, squares, offset);
-    const float weighed = x * weight;
+    const uint32_t pair = pack_with_neighbour(block, x * weight);
     uint32_t words[3];
     for (int w = 0; w < 3; ++w) {
-        const int pair = min_of(3 * output + w, 7);
-        const float low = __shfl_sync(half_warp, weighed, base + 2 * pair);
-        words[w] = pack_bf16x2(low, __shfl_sync(half_warp, weighed, base + 2 * pair + 1));
+        words[w] = __shfl_sync(0xffffffff, pair, base + 2 * min_of(3 * output + w, 7));
     }
+    float squares = x * x;
+    for (int offset = 8; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xffffffff, squares, offset);
     if (output == NORM_PACKETS - 1) words[2] = __float_as_uint(squares);
-    if (output < NORM_PACKETS) {
+    if (valid && output < NORM_PACKETS) {
         publish(packets + tile * NORM_PACKETS + output, words[0], words[1], words[2], tag);
     }
 }
@@ -64,16 +68,20 @@ __device__ __forceinline__ void zero_activation_tail(Block& block, int from) {
 }
 
 // Works out one over the root mean square of each row's residual stream from its tiles' sums of squares: warp
-// w takes row w, each lane every 32nd tile, then the lanes in a fixed tree.
+// w from the last takes row w (the last warps have the fewest units), each lane every 32nd tile, then the
+// lanes in a fixed tree.
 __device__ __forceinline__ void scale_rows(const Block& block) {
-    for (int row = block.warp(); row < num_rows(block.args); row += WARPS) {
-        float squares = 0.0f;
-        for (int tile = block.lane(); tile < HIDDEN_TILES; tile += 32) {
-            squares += block.shared()->tile_squares[row * HIDDEN_TILES + tile];
-        }
-        squares = block.warp_sum(squares);
-        if (block.lane() == 0)
-            block.shared()->norm_scale[row] = 1.0f / sqrtf(squares / HIDDEN_SIZE + RMS_NORM_EPS);
+    const int row = WARPS - 1 - block.warp();
+    if (row >= num_rows(block.args)) return;
+    const float* tile_squares = block.shared()->tile_squares + row * HIDDEN_TILES;
+    float squares = 0.0f;
+#pragma unroll
+    for (int tile = 0; tile < HIDDEN_TILES; tile += 32) {
+        if (tile + block.lane() < HIDDEN_TILES) squares += tile_squares[tile + block.lane()];
+    }
+    squares = block.warp_sum(squares);
+    if (block.lane() == 0) {
+        block.shared()->norm_scale[row] = rsqrt_approx(squares * (1.0f / HIDDEN_SIZE) + RMS_NORM_EPS);
     }
 }
 
@@ -83,8 +91,8 @@ template <class M>
 __device__ __forceinline__ bool receive_residual(Block& block, const uint4* packets, uint32_t tag,
                                                  int where) {
     const auto take = [&](int index, const uint4& packet) {
-        const int row = index / HIDDEN_PACKETS, part = index % HIDDEN_PACKETS % NORM_PACKETS;
-        const int tile = index % HIDDEN_PACKETS / NORM_PACKETS;
+        const int row = row_of(index, HIDDEN_PACKETS), in_row = index - row * HIDDEN_PACKETS;
+        const int tile = in_row / NORM_PACKETS, part = in_row % NORM_PACKETS;
         uint32_t* target = reinterpret_cast<uint32_t*>(block.activations() + row * ACTIVATION_STRIDE) +
                            tile * TILE_ROWS / 2 + 3 * part;
         target[0] = packet.x;
@@ -109,7 +117,8 @@ __device__ __forceinline__ bool receive_residual(Block& block, const uint4* pack
 template <class M, int PER_PACKET, int RUN, int LENGTH, int COUNT>
 __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets, uint32_t tag, int where) {
     const auto take = [&](int index, const uint4& packet) {
-        const int row = index / COUNT, in_row = index % COUNT, in_run = in_row % RUN * PER_PACKET;
+        const int row = row_of(index, COUNT), in_row = index - row * COUNT,
+                  in_run = in_row % RUN * PER_PACKET;
         const int k = in_row / RUN * LENGTH + in_run;
         uint16_t* target = block.activations() + row * ACTIVATION_STRIDE + k;
         const uint32_t words[3] = {packet.x, packet.y, packet.z};
@@ -176,16 +185,17 @@ __device__ __forceinline__ float embedding(const PassArgs& args, int token, int 
 
 // Adds a matrix's outputs (and its bias) to the residual of this block's tiles and publishes the result.
 template <class M>
-__device__ __forceinline__ void multiply_into_residual(Block& block, const float* bias, uint4* packets,
-                                                       uint32_t tag) {
-    multiply<M>(block, [&](int own_tile, int row, float sum) {
+__device__ __forceinline__ void multiply_into_residual(Block& block, Stage stage, const float* bias,
+                                                       uint4* packets, uint32_t tag) {
+    multiply<M>(block, stage, [&](int own_tile, int row, float sum, bool valid) {
         const int tile = blockIdx.x + own_tile * gridDim.x, output = block.thread % TILE_ROWS;
         if (bias != nullptr && tile * TILE_ROWS + output < HIDDEN_SIZE)
             sum += bias[tile * TILE_ROWS + output];
         float* residual = block.shared()->residual + (own_tile * ROWS + row) * TILE_ROWS + output;
-        *residual += sum;
-        publish_residual(block, packets + row * HIDDEN_PACKETS, tile, *residual,
-                         block.shared()->next_norm[own_tile * TILE_ROWS + output], tag);
+        const float x = *residual + sum;
+        if (valid) *residual = x;
+        publish_residual(block, packets + row * HIDDEN_PACKETS, tile, x,
+                         block.shared()->next_norm[own_tile * TILE_ROWS + output], tag, valid);
     });
 }
 
@@ -196,15 +206,15 @@ __device__ __forceinline__ void embed(Block& block) {
     const LayerPackets packets(block.args.exchange, 0);
     const uint32_t tag = tag_of(block.args, 0);
     const float* norm = layer_vectors(block, 0) + INPUT_LAYERNORM_OFFSET;
-    const int jobs = own_tiles(HIDDEN_TILES) * num_rows(block.args), output = block.thread % TILE_ROWS;
-    for (int job = block.thread / TILE_ROWS; job < jobs; job += THREADS / TILE_ROWS) {
+    const int jobs = block.own_tiles(STAGE_O) * num_rows(block.args), output = block.thread % TILE_ROWS;
+    for_half_warps(block, jobs, [&](int job, bool valid) {
         const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
         const int tile = blockIdx.x + own_tile * gridDim.x, k = tile * TILE_ROWS + output;
         const float x = k < HIDDEN_SIZE ? embedding(block.args, block.args.rows[row].token, k) : 0.0f;
-        block.shared()->residual[(own_tile * ROWS + row) * TILE_ROWS + output] = x;
+        if (valid) block.shared()->residual[(own_tile * ROWS + row) * TILE_ROWS + output] = x;
         publish_residual(block, packets.hidden() + row * HIDDEN_PACKETS, tile, x,
-                         k < HIDDEN_SIZE ? norm[k] : 0.0f, tag);
-    }
+                         k < HIDDEN_SIZE ? norm[k] : 0.0f, tag, valid);
+    });
 }
 
 // reads: the rows' positions. writes: the angles of their rotations. waits for: nothing.
@@ -221,16 +231,16 @@ __device__ __forceinline__ void look_up_angles(Block& block) {
 __device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
-    if (own_tiles(QkvProj::TILES) == 0) return true;
+    if (block.own_tiles(STAGE_QKV) == 0) return true;
     const float* vectors = layer_vectors(block, layer);
     if (!receive_residual<QkvProj>(block, packets.hidden(), tag, where_of(layer, STAGE_QKV))) return false;
     mark(block, layer, MARK_QKV_IN);
-    multiply<QkvProj>(block, [&](int own_tile, int row, float sum) {
+    multiply<QkvProj>(block, STAGE_QKV, [&](int own_tile, int row, float sum, bool valid) {
         const int tile = blockIdx.x + own_tile * gridDim.x;
         const int element = tile * TILE_ROWS + block.thread % TILE_ROWS;
         sum *= block.shared()->norm_scale[row];
         if (QKV_BIAS && element < ATTENTION_SIZE + 2 * KV_SIZE) sum += vectors[QKV_BIAS_OFFSET + element];
-        publish_floats(block, packets.qkv() + row * QKV_PACKETS, tile, sum, tag);
+        publish_floats(block, packets.qkv() + row * QKV_PACKETS, tile, sum, tag, valid);
     });
     mark(block, layer, MARK_QKV);
     return true;
@@ -264,7 +274,7 @@ __device__ __forceinline__ bool attention(Block& block, int layer) {
 __device__ __forceinline__ bool o_proj(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
-    if (own_tiles(OProj::TILES) == 0) return true;
+    if (block.own_tiles(STAGE_O) == 0) return true;
     const float* vectors = layer_vectors(block, layer);
     const NextNorm next(block, vectors + POST_ATTENTION_LAYERNORM_OFFSET);
     if (!receive_bf16<OProj, 6, HEAD_PACKETS, HEAD_DIM, ATTENTION_PACKETS>(block, packets.attention(), tag,
@@ -273,8 +283,8 @@ __device__ __forceinline__ bool o_proj(Block& block, int layer) {
     }
     mark(block, layer, MARK_O_IN);
     next.keep(block);
-    multiply_into_residual<OProj>(block, O_BIAS ? vectors + O_BIAS_OFFSET : nullptr, packets.mid_hidden(),
-                                  tag);
+    multiply_into_residual<OProj>(block, STAGE_O, O_BIAS ? vectors + O_BIAS_OFFSET : nullptr,
+                                  packets.mid_hidden(), tag);
     mark(block, layer, MARK_O);
     return true;
 }
@@ -283,25 +293,28 @@ __device__ __forceinline__ bool o_proj(Block& block, int layer) {
 __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
-    if (own_tiles(GateUpProj::TILES) == 0) return true;
+    if (block.own_tiles(STAGE_GATE_UP) == 0) return true;
     const float* vectors = layer_vectors(block, layer);
     if (!receive_residual<GateUpProj>(block, packets.mid_hidden(), tag, where_of(layer, STAGE_GATE_UP))) {
         return false;
     }
     mark(block, layer, MARK_GATE_UP_IN);
-    multiply<GateUpProj>(block, [&](int own_tile, int row, float sum) {
+    multiply<GateUpProj>(block, STAGE_GATE_UP, [&](int own_tile, int row, float sum, bool valid) {
         const int tile = blockIdx.x + own_tile * gridDim.x, output = block.thread % TILE_ROWS;
         const int base = block.lane() & 16;
-        const uint32_t half_warp = 0xffffu << base;
         sum *= block.shared()->norm_scale[row];
         if (MLP_BIAS) sum += vectors[GATE_UP_BIAS_OFFSET + tile * TILE_ROWS + output];
-        const float up = __shfl_sync(half_warp, sum, base + (output + 8) % 16);
-        const float x = sum / (1.0f + exp2_approx(-LOG2_E * sum)) * up;  // silu(gate) * up in outputs 0 to 7
-        float x4[4];
-        for (int i = 0; i < 4; ++i) x4[i] = __shfl_sync(half_warp, x, base + 4 * (output % BF16_PACKETS) + i);
-        if (output < BF16_PACKETS) {
-            publish(packets.activation() + row * ACTIVATION_PACKETS + tile * BF16_PACKETS + output,
-                    pack_bf16x2(x4[0], x4[1]), pack_bf16x2(x4[2], x4[3]), 0, tag);
+        const float up = __shfl_xor_sync(0xffffffff, sum, 8);
+        // silu(gate) * up in outputs 0 to 7
+        const float x = divide_approx(sum, 1.0f + exp2_approx(-LOG2_E * sum)) * up;
+        const uint32_t pair = pack_with_neighbour(block, x);
+        uint32_t words[2];
+        for (int w = 0; w < 2; ++w) {
+            words[w] = __shfl_sync(0xffffffff, pair, base + 4 * (output % BF16_PACKETS) + 2 * w);
+        }
+        if (valid && output < BF16_PACKETS) {
+            publish(packets.activation() + row * ACTIVATION_PACKETS + tile * BF16_PACKETS + output, words[0],
+                    words[1], 0, tag);
         }
     });
     mark(block, layer, MARK_GATE_UP);
@@ -312,7 +325,7 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
 __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
-    if (own_tiles(DownProj::TILES) == 0) return true;
+    if (block.own_tiles(STAGE_DOWN) == 0) return true;
     const float* vectors = layer_vectors(block, layer);
     const bool last = layer + 1 == NUM_LAYERS;
     const NextNorm next(block, last ? block.args.norm : vectors + VECTORS_SIZE + INPUT_LAYERNORM_OFFSET);
@@ -322,7 +335,7 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     }
     mark(block, layer, MARK_DOWN_IN);
     next.keep(block);
-    multiply_into_residual<DownProj>(block, MLP_BIAS ? vectors + DOWN_BIAS_OFFSET : nullptr,
+    multiply_into_residual<DownProj>(block, STAGE_DOWN, MLP_BIAS ? vectors + DOWN_BIAS_OFFSET : nullptr,
                                      packets.next_hidden(), tag_of(block.args, layer + 1));
     mark(block, layer, MARK_DOWN);
     return true;
@@ -332,15 +345,15 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
 __device__ __forceinline__ bool norm_lm_head(Block& block) {
     const LayerPackets packets(block.args.exchange, NUM_LAYERS);
     const uint32_t tag = tag_of(block.args, NUM_LAYERS);
-    if (own_tiles(LmHead::TILES) == 0) return true;
+    if (block.own_tiles(STAGE_LM_HEAD) == 0) return true;
     const PassArgs& args = block.args;
     if (!receive_residual<LmHead>(block, packets.hidden(), tag, where_of(NUM_LAYERS, STAGE_LM_HEAD))) {
         return false;
     }
     mark(block, NUM_LAYERS, MARK_QKV_IN);
-    multiply<LmHead>(block, [&](int own_tile, int row, float sum) {
+    multiply<LmHead>(block, STAGE_LM_HEAD, [&](int own_tile, int row, float sum, bool valid) {
         const int token = (blockIdx.x + own_tile * gridDim.x) * TILE_ROWS + block.thread % TILE_ROWS;
-        if (token >= VOCAB_SIZE || !(args.logits_rows >> row & 1)) return;
+        if (!valid || token >= VOCAB_SIZE || !(args.logits_rows >> row & 1)) return;
         sum *= block.shared()->norm_scale[row];
         args.logits[static_cast<uint64_t>(row) * VOCAB_SIZE + token] = sum;
         if (!(fabsf(sum) < -MASKED)) store_relaxed_32(&args.status->non_finite, args.pass);
@@ -374,12 +387,15 @@ __device__ __forceinline__ bool run_pass(Block& block) {
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     ffmini_pass(const __grid_constant__ PassArgs args) {
     extern __shared__ __align__(128) uint8_t shared_memory[];
+    SharedTail& tail = *Block::tail(shared_memory);
+    if (threadIdx.x < NUM_STAGES) tail.own_tiles[threadIdx.x] = count_own_tiles(SHAPES[threadIdx.x].tiles);
 #if BULK_COPIES
-    BulkState& state = Block::tail(shared_memory)->ring;
-    if (threadIdx.x == 0) state.initialize();
+    if (threadIdx.x == 0) tail.ring.initialize();
+#endif
     __syncthreads();
+#if BULK_COPIES
     if (threadIdx.x >= THREADS) {
-        fill_rings<RING_SLOTS>(args, state, shared_memory + FIXED_BYTES);
+        fill_rings<RING_SLOTS>(args, tail.ring, shared_memory + FIXED_BYTES);
         return;
     }
 #endif

@@ -19,13 +19,20 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// The same place in shared memory, but the compiler can't know: it keeps the address in a register, where
+// else it makes it anew from special registers for every access.
+__device__ __forceinline__ uint8_t* opaque_shared(void* shared) {
+    uint32_t address = shared_address(shared);
+    asm volatile("" : "+r"(address));
+    return static_cast<uint8_t*>(__cvta_shared_to_generic(address));
+}
+
 // d += a * b for one 16 x 16 by 16 x 8 step of bf16 operands, accumulated in fp32. With g = lane / 4 and
 // t = lane % 4: a holds rows {g, g+8} at k {2t, 2t+1} in a[0], a[1] and at k {2t+8, 2t+9} in a[2], a[3];
 // b0 holds column g at k {2t, 2t+1}, b1 at k {2t+8, 2t+9}; d[0], d[1] are row g at columns {2t, 2t+1},
 // d[2], d[3] row g + 8. All 32 lanes take part.
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -33,8 +40,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 
 // The same for a 16 x 8 by 8 x 8 step: a[0], a[1] hold rows {g, g+8} at k {2t, 2t+1}, b column g at the same.
 __device__ __forceinline__ void mma_16x8x8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(b));
 }
@@ -81,6 +87,19 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// 1 / sqrt(x) and x / y, to about 2 ulp.
+__device__ __forceinline__ float rsqrt_approx(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float divide_approx(float x, float y) {
+    float quotient;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
+    return quotient;
 }
 
 // Starts copying 16 bytes from global to shared memory (both 16-byte aligned), past the L1. They may land

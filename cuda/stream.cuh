@@ -47,8 +47,9 @@ constexpr int SLOT_CAPACITY = round_up(max_of(max_of(max_of(QkvProj::SLOT_BYTES,
 
 constexpr int MAX_RING_SLOTS = 8;
 
-// How many tiles of a matrix this block multiplies: block, block + gridDim.x, ...
-__device__ __forceinline__ int own_tiles(int tiles) {
+// How many tiles of a matrix this block multiplies: block, block + gridDim.x, ... A division: to be asked
+// once.
+__device__ __forceinline__ int count_own_tiles(int tiles) {
     return (tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
            static_cast<int>(gridDim.x);
 }

@@ -21,13 +21,30 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+KEY_ROTATION, VALUE_ROTATION = 4, 1  # as in cuda/items.cuh
+
+
+def plain(bits: np.ndarray, rotation: int, first: int = 0) -> np.ndarray:
+    """A kernel's keys or values [..., positions, head_dim] with every vector's elements in their order.
+
+    In the cache pieces of eight are rotated by the position (cuda/items.cuh); bits[..., 0, :] is at `first`.
+    """
+    positions, head_dim = bits.shape[-2:]
+    pieces = np.arange(head_dim // 8) + rotation * np.arange(first, first + positions)[:, None]
+    split = bits.reshape(*bits.shape[:-1], head_dim // 8, 8)
+    return split[..., np.arange(positions)[:, None], pieces % (head_dim // 8), :].reshape(bits.shape)
+
+
 def share_cache(oracle: CPUDecoder, key_cache: np.ndarray, value_cache: np.ndarray, start: int) -> None:
     """Give the oracle a kernel's keys and values below position `start`.
 
-    Both caches are bf16 bits [num_layers, num_kv_heads, positions, head_dim].
+    Both caches are bf16 bits [num_layers, num_kv_heads, positions, head_dim], from position 0 on.
     """
-    for target, bits in ((oracle.key_cache, key_cache), (oracle.value_cache, value_cache)):
-        target[:, :, :start] = from_bf16(bits[:, :, :start])
+    for target, bits, rotation in (
+        (oracle.key_cache, key_cache, KEY_ROTATION),
+        (oracle.value_cache, value_cache, VALUE_ROTATION),
+    ):
+        target[:, :, :start] = from_bf16(plain(bits[:, :, :start], rotation))
         target[:, :, start:] = 1e30  # finite, and seen if anything reads it before it is written
 
 

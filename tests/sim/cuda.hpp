@@ -25,6 +25,10 @@ struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
     return {x, y, z, w};
 }
@@ -84,4 +88,15 @@ inline float __shfl_sync(uint32_t mask, float value, int source, SIM_SITE) {
 
 inline float __shfl_xor_sync(uint32_t mask, float value, int lane_bits, SIM_SITE) {
     return __shfl_sync(mask, value, sim::machine.lane().index ^ lane_bits, file, line);
+}
+
+inline bool __any_sync(uint32_t mask, bool value, SIM_SITE) {
+    sim::Lane& lane = sim::machine.lane();
+    lane.operand[0] = value;
+    sim::machine.meet(mask, {"__any_sync", file, line}, [mask](sim::Warp& warp) {
+        uint32_t any = 0;
+        for (int i = 0; i < sim::WARP_LANES; ++i) any |= mask >> i & 1 & warp.lanes[i]->operand[0];
+        for (int i = 0; i < sim::WARP_LANES; ++i) warp.lanes[i]->result[0] = any;
+    });
+    return lane.result[0] != 0;
 }

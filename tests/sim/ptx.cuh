@@ -10,6 +10,10 @@ inline int opaque(int x) {
     return x;
 }
 
+inline uint8_t* opaque_shared(void* shared) {
+    return static_cast<uint8_t*>(shared);
+}
+
 // The device's sum is exact but for the alignment of its addends, which is not documented. Here: the 16
 // products and the accumulator are added in double in ascending k and rounded to float once. The two differ
 // by at most 2^-21 of the largest addend.
@@ -110,6 +114,14 @@ inline float half_to_float(uint16_t bits) {
 
 inline float exp2_approx(float x) {
     return exp2f(x);
+}
+
+inline float rsqrt_approx(float x) {
+    return 1.0f / sqrtf(x);
+}
+
+inline float divide_approx(float x, float y) {
+    return x / y;
 }
 
 inline void copy_async_16(void* shared, const void* global) {
