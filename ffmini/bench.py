@@ -9,23 +9,26 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+import tokenizers
 from tqdm import tqdm
 
 from . import __version__, gpu
 from .checkpoint import resolve_model
-from .config import ModelConfig, load_config, parse_config
+from .config import GenerationDefaults, ModelConfig, load_config, parse_config, read_json
 from .cpu import CPUDecoder
 from .errors import GenerationError, UnsupportedError
 from .info import add_model_arguments, device_name, driver_version
-from .kernel import cached_cubin, has_bulk_copies
-from .layout import TILE_ROWS, MatrixLayout
+from .kernel import MAX_ROWS, cached_cubin, has_bulk_copies, max_rows
+from .layout import FORMATS, TILE_ROWS, MatrixLayout
 from .memory import available_memory
 from .model import (
     DEFAULT_MAX_SEQ_LEN,
@@ -50,7 +53,9 @@ from .packing import (
     vectors_length,
 )
 from .quant import Quantized
+from .report import ENGINE, Record, Score, records_table, score_line, summary_line, to_json
 from .shapes import SHAPES
+from .tokenizer import Tokenizer
 
 SEED = 1
 CHECKED_LAYERS = 2
@@ -61,6 +66,12 @@ PEAK_CHUNK, PEAK_THREADS = 16384, 512  # as in cuda/read_peak.cu
 CPU_PEAK_BYTES = 512 << 20
 PEAK_REPETITIONS = 10
 RANDOM_ROWS = 257 * TILE_ROWS  # rows of a random matrix that differ; then they repeat
+FILLED_POSITIONS = 4096  # of a cache at a time
+QUEUED_PASSES = 200  # on a GPU; the CPU, which nothing is queued for, makes fewer
+CPU_PASSES = 128
+END_TO_END_TOKENS = 128  # on a GPU
+SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1, "ignore_eos": True}
+BASELINE = Path(__file__).resolve().parent.parent / "tools" / "transformers_baseline.py"
 SCORED_ROWS = 128  # tokens scored at a time, in double
 
 
@@ -135,23 +146,26 @@ def fill_cache(decoder: Decoder, positions: int, seed: int = SEED) -> None:
     """Fill positions below `positions` of a decoder's KV cache with random K and V, all layers alike."""
     config = decoder.config
     rng = np.random.default_rng(seed)
-    shape = (config.num_kv_heads, positions, config.head_dim)
     for cache in (decoder.key_cache, decoder.value_cache):
-        bits = to_bf16(rng.standard_normal(shape, np.float32))
-        if isinstance(decoder, CPUDecoder):
-            cache[:, :, :positions] = from_bf16(bits)
-        else:
-            cache[:, 0, :, :positions] = gpu.import_cupy().asarray(bits)
+        for start in range(0, positions, FILLED_POSITIONS):
+            count = min(FILLED_POSITIONS, positions - start)
+            part = slice(start, start + count)
+            bits = to_bf16(rng.standard_normal((config.num_kv_heads, count, config.head_dim), np.float32))
+            if isinstance(decoder, CPUDecoder):
+                cache[:, :, part] = from_bf16(bits)
+            else:
+                with cache.device:
+                    cache[:, 0, :, part] = gpu.import_cupy().asarray(bits)
 
 
 # ---- bytes and the speed of memory ---------------------------------------------------------------------
 
 
-def pass_bytes(packed: PackedModel, depth: int, unpacked: bool = False) -> int:
-    """Bytes that a pass of one row has to read with `depth` positions in the KV cache.
+def pass_bytes(packed: PackedModel, depth: int, unpacked: bool = False, rows: int = 1) -> int:
+    """Bytes that a pass of `rows` rows has to read with `depth` positions in the KV cache.
 
     All layers' matrices and vectors as stored (scales and padding included), the final norm, the lm_head,
-    one row of an embedding table that is not the lm_head, and K and V that the windows leave in sight.
+    `rows` rows of an embedding table that is not the lm_head, and K and V that the first row's windows show.
     `unpacked`: as the CPU path holds them, matrices and cache in float32.
     """
     config = packed.config
@@ -161,10 +175,10 @@ def pass_bytes(packed: PackedModel, depth: int, unpacked: bool = False) -> int:
         return 4 * layout.rows * layout.cols if unpacked else layout.nbytes
 
     layer = sum(matrix_bytes(name) for name in LAYER_MATRICES) + 4 * vectors_length(config)
-    embed_row = 0 if config.tie_word_embeddings else 2 * config.hidden_size
+    embed_rows = 0 if config.tie_word_embeddings else 2 * config.hidden_size * rows
     seen = sum(min(depth, window - 1) if window else depth for window in config.layer_windows)
     cache = 2 * (4 if unpacked else 2) * config.num_kv_heads * config.head_dim * seen
-    rest = 4 * config.hidden_size + matrix_bytes("lm_head") + embed_row
+    rest = 4 * config.hidden_size + matrix_bytes("lm_head") + embed_rows
     return config.num_layers * layer + rest + cache
 
 
@@ -218,10 +232,11 @@ def _gpu_read_peak(ordinal: int) -> float:
 # ---- the check -----------------------------------------------------------------------------------------
 
 
-def check_logits(packed: PackedModel, ordinal: int | None) -> float:
+def check_logits(packed: PackedModel, ordinal: int | None, rows: Sequence[int] = ()) -> float:
     """The relative error of the logits of the first layers, which must be at most TOLERANCE.
 
-    A GPU is compared with the CPU path, the CPU path with its own float64 mode. GenerationError if it is off.
+    A GPU is compared with the CPU path, the CPU path with its own float64 mode. The builds of a GPU that are
+    checked are those that it chooses itself and those for `rows`. GenerationError if it is off.
     """
     config = packed.config
     count = min(CHECKED_LAYERS, config.num_layers)
@@ -229,10 +244,14 @@ def check_logits(packed: PackedModel, ordinal: int | None) -> float:
     packed = dataclasses.replace(packed, config=config, layers=packed.layers[:count])
     length = min(CHECKED_TOKENS, context_limit(config))
     tokens = np.random.default_rng(SEED).integers(0, config.vocab_size, length)
-    found = _checked_logits(make_decoder(packed, ordinal, length), tokens)
+    # The very last token goes in a pass of its own: a GPU has another build for that.
+    found = [_last_logits(make_decoder(packed, ordinal, length), tokens, [8, 1])]
+    if rows:
+        found.append(_last_logits(_rows_decoder(packed, ordinal, length, rows), tokens, rows))
     precision = "float64" if ordinal is None else "bf16"
-    expected = _checked_logits(CPUDecoder(packed, length, precision=precision), tokens)
-    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    oracle = CPUDecoder(packed, length, precision=precision)
+    expected = _last_logits(oracle, tokens, [max(len(part) for part in found)])
+    error = float(np.max([_relative_error(part, expected[-len(part) :]) for part in found]))  # NaN stays
     if not error <= TOLERANCE:
         raise GenerationError(
             f"logits after {count} layers: relative error of at most {TOLERANCE:g} expected, found "
@@ -241,55 +260,53 @@ def check_logits(packed: PackedModel, ordinal: int | None) -> float:
     return error
 
 
-def _checked_logits(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
-    """Logits [up to 9, vocab_size] of the last of `tokens`, the very last one in a pass of its own."""
-    last, block = len(tokens) - 1, max(0, len(tokens) - 9)
-    try:
-        if block:
-            decoder.forward(tokens[:block], 0, "none")
-        rows = [decoder.forward(tokens[block:last], block, "all")] if last else []
-        return np.concatenate([*rows, decoder.forward(tokens[last:], last)])
-    finally:
-        decoder.close()
+def _last_logits(decoder: Decoder, tokens: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Logits [sum of sizes, vocab_size] of the last of `tokens`, in passes of `sizes`; closes `decoder`."""
+    at = max(0, len(tokens) - sum(sizes))
+    with closing(decoder):
+        logits = [decoder.forward(tokens[:at], 0, "none")] if at else []
+        for size in sizes:
+            if at < len(tokens):
+                logits.append(decoder.forward(tokens[at : at + size], at, "all"))
+            at += size
+    return np.concatenate(logits)
+
+
+def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def _rows_decoder(packed: PackedModel, ordinal: int | None, max_seq_len: int, rows: Sequence[int]) -> Decoder:
+    """A decoder whose builds are for exactly `rows` rows; the CPU takes any number."""
+    if ordinal is None:
+        return make_decoder(packed, None, max_seq_len)
+    return gpu.GPUDecoder(packed, max_seq_len, ordinal, rows=tuple(rows))
 
 
 # ---- timing --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Record:
-    """One measurement; a prompt has no bytes, as its passes read the weights once for many tokens."""
-
-    shape: str
-    dtype: str
-    test: str  # pp<tokens> or tg<tokens>, as llama-bench calls them
-    depth: int  # positions in the cache before the test
-    tokens_per_s: float  # the mean of the repetitions
-    tokens_per_s_deviation: float
-    us_per_token: float
-    bytes: int | None  # that a token reads, see pass_bytes
-    peak_bytes_per_s: float
-    fraction: float | None  # of the peak
-    logits_error: float  # see check_logits
-    repetitions: int
-    device: str
-    driver: str | None
-    commit: str
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What to measure: prompt lengths, numbers of generated tokens and depths, each with each."""
+    """What to measure: each test at each depth; the one from end to end begins with an empty cache."""
 
-    prompts: list[int]
-    generations: list[int]
+    prompts: list[int]  # tokens
+    generations: list[int]  # tokens, a pass each
     depths: list[int]
     repetitions: int
+    rows: list[int] = field(default_factory=list)  # of a pass, for passes of many
+    end_to_end: int = 0  # tokens; 0: not measured
+
+    @property
+    def passes(self) -> int:
+        """How many passes of many rows are made."""
+        return max(self.generations, default=QUEUED_PASSES)
 
     @property
     def positions(self) -> int:
         """The context that the longest test needs."""
-        return max(self.depths) + max(1, *self.prompts, *self.generations)
+        spans = [1, *self.prompts, *self.generations, *(self.passes - 1 + rows for rows in self.rows)]
+        return max(max(self.depths) + max(spans), self.end_to_end + 1)
 
 
 def time_prompt(decoder: Decoder, tokens: np.ndarray, depth: int) -> float:
@@ -299,80 +316,156 @@ def time_prompt(decoder: Decoder, tokens: np.ndarray, depth: int) -> float:
     return perf_counter() - began
 
 
-def time_generation(decoder: Decoder, tokens: np.ndarray, depth: int) -> float:
-    """Seconds for one pass per token from position `depth` on, without sampling.
+def time_passes(decoder: Decoder, tokens: np.ndarray, depth: int) -> float:
+    """Seconds for a pass per row of `tokens` [passes, rows], each a position further on than the one before.
 
-    A GPU's passes are queued and waited for once.
+    The first begins at position `depth`. A GPU's passes are queued and waited for once. Nothing is sampled.
     """
+    passes, rows = tokens.shape
     began = perf_counter()
     if isinstance(decoder, CPUDecoder):
-        for i in range(len(tokens)):
-            decoder.forward(tokens[i : i + 1], depth + i)
+        for i in range(passes):
+            decoder.forward(tokens[i], depth + i, "all")
     else:
-        for i in range(len(tokens)):
-            decoder.launch(1, tokens[i : i + 1], depth + i, 1)
+        for i in range(passes):
+            decoder.launch(rows, tokens[i], depth + i, (1 << rows) - 1)
         decoder.finish()
     return perf_counter() - began
 
 
+def time_end_to_end(model: Model, tokens: int) -> float:
+    """Seconds for `tokens` new tokens but the first: passes, sampling and text, one after the other."""
+    return model.generate([0], max_new_tokens=tokens, **SAMPLING).timings.generation_seconds
+
+
+def _tokenizer(packed: PackedModel) -> Tokenizer:
+    """The model's own, or for random weights one with the words t0, t1 and so on."""
+    if packed.directory is not None:
+        return Tokenizer(packed.directory)
+    vocabulary = {f"t{i}": i for i in range(packed.config.vocab_size)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0"))
+    with TemporaryDirectory() as directory:
+        words.save(str(Path(directory, "tokenizer.json")))
+        return Tokenizer(Path(directory))
+
+
 def measure(
     packed: PackedModel, shape: str, plan: Plan, max_seq_len: int, ordinal: int | None
-) -> list[Record]:
-    """Check the numbers, then time every test of `plan`."""
-    error = check_logits(packed, ordinal)
-    decoder = make_decoder(packed, ordinal, max_seq_len)
-    try:
-        common = {
-            "shape": shape,
-            "dtype": packed.format,
-            "peak_bytes_per_s": read_peak(ordinal),
-            "logits_error": error,
-            "repetitions": plan.repetitions,
-            "device": device_name(decoder.device),
-            "driver": None if ordinal is None else driver_version(),
-            "commit": build_version(),
-        }
-        records = []
-        for depth in plan.depths:
-            fill_cache(decoder, depth)
-            for prefix, lengths in (("pp", plan.prompts), ("tg", plan.generations)):
-                for length in lengths:
-                    seconds = _repeat(decoder, prefix, length, depth, plan.repetitions)
-                    records.append(_record(packed, prefix, depth, length, seconds, ordinal is None, common))
-        return records
-    finally:
-        decoder.close()
+) -> Iterator[Record]:
+    """Check the numbers, then time the tests of `plan`; a record is there as soon as its test is over."""
+    # First what can be missing: a directory need not have a tokenizer.
+    tokenizer = _tokenizer(packed) if plan.end_to_end else None
+    rows = _rows_that_fit(packed, shape, plan.rows, ordinal)
+    single = plan.prompts or plan.generations or plan.end_to_end
+    if not single and not rows:
+        return
+    common = {
+        "shape": shape,
+        "dtype": packed.format,
+        "engine": ENGINE,
+        "logits_error": check_logits(packed, ordinal, rows),
+        "peak_bytes_per_s": read_peak(ordinal),
+        "repetitions": plan.repetitions,
+        "device": device_name("cpu" if ordinal is None else f"cuda:{ordinal}"),
+        "driver": None if ordinal is None else driver_version(),
+        "commit": build_version(),
+        "versions": None,
+        "over_queued": None,
+    }
+    if single:
+        with closing(make_decoder(packed, ordinal, max_seq_len)) as decoder:
+            for depth in plan.depths:
+                fill_cache(decoder, depth)
+                for length in plan.prompts:
+                    seconds = _repeat(plan, time_prompt, decoder, _tokens(decoder, length), depth)
+                    what = {"test": f"pp{length}", "depth": depth, "rows": None}
+                    yield _record(common | what, seconds, length)
+                for length in plan.generations:
+                    what = {"test": f"tg{length}", "depth": depth}
+                    yield _time_passes(packed, decoder, plan, length, 1, common | what)
+            if tokenizer is not None:
+                yield _end_to_end(packed, decoder, tokenizer, plan, common)
+    if rows:
+        with closing(_rows_decoder(packed, ordinal, max_seq_len, rows)) as decoder:
+            for depth in plan.depths:
+                fill_cache(decoder, depth)
+                for count in rows:
+                    what = {"test": f"rows{count}", "depth": depth}
+                    yield _time_passes(packed, decoder, plan, plan.passes, count, common | what)
 
 
-def _repeat(decoder: Decoder, prefix: str, length: int, depth: int, repetitions: int) -> list[float]:
-    """Seconds of each repetition of a test, after one that does not count."""
-    run = time_prompt if prefix == "pp" else time_generation
-    tokens = np.random.default_rng(SEED).integers(0, decoder.config.vocab_size, length)
-    return [run(decoder, tokens, depth) for _ in range(repetitions + 1)][1:]
+def _rows_that_fit(packed: PackedModel, shape: str, asked: list[int], ordinal: int | None) -> list[int]:
+    """Those of `asked` that a pass on GPU `ordinal` has the shared memory for; the others are named."""
+    if ordinal is None or not asked:
+        return asked
+    properties = gpu.import_cupy().cuda.runtime.getDeviceProperties(ordinal)
+    limit, blocks = properties["sharedMemPerBlockOptin"], properties["multiProcessorCount"]
+    most = max_rows(packed.config, packed.layouts, limit, blocks)
+    left_out = ", ".join(str(count) for count in asked if count > most)
+    if left_out:
+        _say(f"{shape} {packed.format}: a pass has room for {most} rows, not measured: {left_out}")
+    return [count for count in asked if count <= most]
+
+
+def _tokens(decoder: Decoder, *shape: int) -> np.ndarray:
+    return np.random.default_rng(SEED).integers(0, decoder.config.vocab_size, shape)
+
+
+def _repeat(plan: Plan, run: Callable[..., float], *args: Any) -> list[float]:
+    """Seconds of each repetition of `run`, after one that does not count."""
+    return [run(*args) for _ in range(plan.repetitions + 1)][1:]
+
+
+def _time_passes(
+    packed: PackedModel, decoder: Decoder, plan: Plan, passes: int, rows: int, common: dict[str, Any]
+) -> Record:
+    """The record of `passes` passes of `rows` rows from the depth in `common` on."""
+    depth = common["depth"]
+    seconds = _repeat(plan, time_passes, decoder, _tokens(decoder, passes, rows), depth)
+    nbytes = _mean_bytes(packed, decoder, range(depth, depth + passes), rows)
+    return _record(common | {"rows": rows}, seconds, passes * rows, passes, nbytes)
+
+
+def _end_to_end(
+    packed: PackedModel, decoder: Decoder, tokenizer: Tokenizer, plan: Plan, common: dict[str, Any]
+) -> Record:
+    """The record of generations after a prompt of one token, beside queued passes at the same positions."""
+    passes = plan.end_to_end - 1
+    model = Model(decoder, tokenizer, GenerationDefaults(), packed.format)
+    seconds = _repeat(plan, time_end_to_end, model, plan.end_to_end)
+    queued = _repeat(plan, time_passes, decoder, _tokens(decoder, passes, 1), 1)
+    nbytes = _mean_bytes(packed, decoder, range(1, plan.end_to_end), 1)
+    over_queued = statistics.median(seconds) / statistics.median(queued)
+    what = {"test": f"e2e{plan.end_to_end}", "depth": 0, "rows": 1, "over_queued": over_queued}
+    return _record(common | what, seconds, passes, passes, nbytes)
+
+
+def _mean_bytes(packed: PackedModel, decoder: Decoder, depths: range, rows: int) -> int:
+    unpacked = isinstance(decoder, CPUDecoder)
+    return sum(pass_bytes(packed, depth, unpacked, rows) for depth in depths) // len(depths)
 
 
 def _record(
-    packed: PackedModel,
-    prefix: str,
-    depth: int,
-    length: int,
-    seconds: list[float],
-    unpacked: bool,
     common: dict[str, Any],
+    seconds: list[float],
+    tokens: int,
+    passes: int | None = None,
+    nbytes: int | None = None,
 ) -> Record:
-    """The figures of one test; `common` holds the fields that all of them share."""
-    rates = [length / second for second in seconds]
-    us_per_token = 1e6 * statistics.mean(seconds) / length
-    nbytes = fraction = None
-    if prefix == "tg":
-        nbytes = sum(pass_bytes(packed, depth + i, unpacked) for i in range(length)) // length
-        fraction = nbytes / (us_per_token / 1e6) / common["peak_bytes_per_s"]
+    """The figures of repetitions of `seconds` each for `tokens` tokens in `passes` passes of `nbytes` each.
+
+    `common` holds the other fields; of a prompt neither passes nor bytes are known.
+    """
+    median = statistics.median(seconds)
+    rates = [tokens / second for second in seconds]
+    fraction = None
+    if passes is not None and nbytes is not None:
+        fraction = nbytes * passes / median / common["peak_bytes_per_s"]
     return Record(
-        test=f"{prefix}{length}",
-        depth=depth,
-        tokens_per_s=statistics.mean(rates),
+        tokens_per_s=tokens / median,
         tokens_per_s_deviation=statistics.stdev(rates) if len(rates) > 1 else 0.0,
-        us_per_token=us_per_token,
+        us_per_token=1e6 * median / tokens,
+        us_per_pass=None if passes is None else 1e6 * median / passes,
         bytes=nbytes,
         fraction=fraction,
         **common,
@@ -391,48 +484,48 @@ def build_version() -> str:
         return __version__
 
 
-def records_table(records: list[Record]) -> str:
-    """A Markdown table for people, and what all rows have in common."""
-    lines = [
-        "| shape | dtype | test | tokens/s | us/token | MB/token | GB/s | of the peak |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for record in records:
-        test = record.test + (f" @ d{record.depth}" if record.depth else "")
-        reads = "- | - | -"
-        if record.bytes is not None and record.fraction is not None:
-            speed = record.bytes / record.us_per_token / 1e3
-            reads = f"{record.bytes / 1e6:.1f} | {speed:.1f} | {record.fraction:.1%}"
-        rate = f"{record.tokens_per_s:.1f} ± {record.tokens_per_s_deviation:.1f}"
-        lines.append(
-            f"| {record.shape} | {record.dtype} | {test} | {rate} | {record.us_per_token:.1f} | {reads} |"
-        )
-    last = records[-1]
-    lines += [
-        "",
-        f"{last.device}, driver {last.driver or 'none'}, ffmini {last.commit}; read peak "
-        f"{last.peak_bytes_per_s / 1e9:.1f} GB/s; relative error of the logits {last.logits_error:.1e}",
-    ]
-    return "\n".join(lines)
+# ---- what a user would pick instead --------------------------------------------------------------------
+
+
+def compare(
+    raw: dict[str, Any], plan: Plan, ordinal: int | None, measured: Sequence[Record]
+) -> Iterator[Record]:
+    """Records of transformers in bf16 on the model that `raw`, a config.json, describes, with random weights.
+
+    PyTorch runs in a process of its own, from a script that only a checkout has. What is missing or fails is
+    one line on stderr. `measured` are ffmini's records of the shape; without any there is nothing to do.
+    """
+    if not measured:
+        return
+    shape = measured[0].shape
+    if ordinal is None or not BASELINE.exists():
+        needed = "a GPU" if ordinal is None else f"a checkout of ffmini with {BASELINE}"
+        _say(f"{shape}: nothing compared with transformers: needs {needed}")
+        return
+    depth, passes = min(plan.depths), plan.passes
+    command = [sys.executable, str(BASELINE), "--device", f"cuda:{ordinal}", "--depth", str(depth)]
+    command += ["--passes", str(passes), "--repetitions", str(plan.repetitions)]
+    done = subprocess.run(command, input=json.dumps(raw), capture_output=True, text=True)
+    what = {"dtype": "bf16", "test": f"tg{passes}", "depth": depth, "rows": 1}
+    same = (record for record in measured if all(getattr(record, key) == what[key] for key in what))
+    nbytes = next((record.bytes for record in same), None)
+    shared = ("shape", "peak_bytes_per_s", "repetitions", "device", "driver", "commit")
+    common = {key: getattr(measured[0], key) for key in shared} | what
+    common |= {"over_queued": None, "logits_error": None}
+    for line in done.stdout.splitlines():
+        found = json.loads(line)
+        other = {key: found[key] for key in ("engine", "versions")}
+        yield _record(common | other, found["seconds"], passes, passes, nbytes)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        _say(f"{shape}: comparison with transformers failed: {reason[0]}")
+
+
+def _say(text: str) -> None:
+    print(f"ffmini: {text}", file=sys.stderr, flush=True)
 
 
 # ---- perplexity ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well a model predicts a text."""
-
-    shape: str
-    dtype: str
-    file: str
-    tokens: int
-    bytes: int
-    context: int
-    perplexity: float  # per token
-    bits_per_byte: float
-    device: str
-    commit: str
 
 
 def perplexity(model: Model, text: str) -> tuple[float, float]:
@@ -492,15 +585,6 @@ def score_text(model: Model, name: str, file: Path) -> Score:
     )
 
 
-def score_line(score: Score) -> str:
-    """A Score for people."""
-    return (
-        f"{score.shape} ({score.dtype}), {score.file}: {score.tokens} tokens, {score.bytes} bytes, "
-        f"context {score.context}: perplexity {score.perplexity:.3f} per token, "
-        f"{score.bits_per_byte:.4f} bits per byte"
-    )
-
-
 # ---- the command ---------------------------------------------------------------------------------------
 
 
@@ -521,72 +605,157 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _shapes(text: str) -> list[str]:
+    return _names(text, list(SHAPES)) if text != "all" else list(SHAPES)
+
+
+def _dtypes(text: str) -> list[str]:
+    return _names(text, FORMATS)
+
+
+def _names(text: str, known: Sequence[str]) -> list[str]:
+    """The names of a list such as "bf16,int4", each one of `known`."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(known)}, found {unknown[0]!r}")
+    return names
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register `bench` with the parser of `ffmini`; its arguments go to run()."""
     description = "Measure prompt and generation speed beside the speed of memory, or perplexity."
-    parser = subparsers.add_parser("bench", help="speed, perplexity", description=description)
+    # "resolve": --dtype takes a list here.
+    parser = subparsers.add_parser(
+        "bench", help="speed, perplexity", description=description, conflict_handler="resolve"
+    )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("-m", "--model", help="model directory or org/name (default: the bundled model)")
-    model.add_argument("--random", choices=SHAPES, metavar="SHAPE", help=f"random: {', '.join(SHAPES)}")
+    known = f"random weights: all, or of {', '.join(SHAPES)}"
+    model.add_argument("--random", type=_shapes, metavar="SHAPE,..", help=known)
     add_model_arguments(parser)
+    known = f"of {', '.join(FORMATS)} (default: bf16, or as packed)"
+    parser.add_argument("--dtype", type=_dtypes, default=[None], metavar="DTYPE,..", help=known)
+    _add_test_arguments(parser)
+    parser.add_argument("--perplexity", type=Path, metavar="FILE", help="score a text instead")
+    parser.add_argument("--json", action="store_true", help="print a list of records")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write the list of records, after each of them"
+    )
+    parser.set_defaults(run=run)
+
+
+def _add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to time; defaults that depend on the device are None."""
     parser.add_argument(
         "-p", "--prompt", type=_counts, default=[512], metavar="N,..", help="prompt tokens (512; 0: none)"
     )
-    parser.add_argument(
-        "-n", "--generate", type=_counts, default=[128], metavar="N,..", help="new tokens (128; 0: none)"
-    )
+    text = f"new tokens, a pass each ({QUEUED_PASSES} on a GPU, {CPU_PASSES} on the CPU; 0: none)"
+    parser.add_argument("-n", "--generate", type=_counts, metavar="N,..", help=text)
+    text = f"passes of N rows, 1 to {MAX_ROWS}, as many as -n has tokens"
+    parser.add_argument("--rows", type=_counts, default=[], metavar="N,..", help=text)
     parser.add_argument(
         "-d", "--depth", type=_counts, default=[0], metavar="N,..", help="random positions before them (0)"
     )
+    text = f"new tokens with sampling and text ({END_TO_END_TOKENS} on a GPU, none on the CPU; 0: none)"
+    parser.add_argument("--end-to-end", type=int, metavar="N", help=text)
     parser.add_argument("-r", "--repetitions", type=_positive, default=5, metavar="N", help="of a test (5)")
-    parser.add_argument("--perplexity", type=Path, metavar="FILE", help="score a text instead")
-    parser.add_argument("--json", action="store_true", help="print a list of records")
-    parser.set_defaults(run=run)
+    text = "time transformers on each shape too, eager and compiled (needs torch, a GPU and a checkout)"
+    parser.add_argument("--compare", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what `args` say and print it on stdout; returns 0, errors are raised."""
-    if args.perplexity is None:
-        records = _measure(args)
-        print(_json(records) if args.json else records_table(records))
+    if args.output is not None:
+        args.output.open("a").close()  # a file that can't be written is better known before the measurement
+    results: list[Any] = []
+    for result in _measure(args) if args.perplexity is None else _score(args):
+        results.append(result)
+        if args.output is not None:
+            args.output.write_text(to_json(results) + "\n", encoding="utf-8")
+    if args.json:
+        print(to_json(results))
+    elif args.perplexity is None:
+        print(f"\n{records_table(results)}")
     else:
-        score = _score(args)
-        print(_json([score]) if args.json else score_line(score))
+        print("\n".join(map(score_line, results)))
     return 0
 
 
-def _measure(args: argparse.Namespace) -> list[Record]:
+def _measure(args: argparse.Namespace) -> Iterator[Record]:
+    """Records of every shape and dtype, then those of other engines; a line for each shape and dtype."""
+    ordinal = choose_device(args.device)
+    plan = _plan(args, ordinal)
+    if args.random:
+        targets = [(name, None, parse_config(SHAPES[name], name)) for name in args.random]
+    else:
+        directory = _model_directory(args.model)
+        targets = [(directory.name, directory, load_config(directory))]
+    lengths = [_context(config, args.max_seq_len, plan.positions) for _, _, config in targets]
+    measured: list[Record] = []
+    for (name, directory, config), max_seq_len in zip(targets, lengths, strict=True):
+        for dtype in args.dtype:
+            found: list[Record] = []
+            # The weights are freed before the next ones are made: nothing here refers to them.
+            for record in measure(_weights(directory, config, dtype), name, plan, max_seq_len, ordinal):
+                found.append(record)
+                yield record
+            measured += found
+            if found:
+                print(summary_line(found), file=sys.stderr if args.json else sys.stdout, flush=True)
+    if not measured:
+        raise ValueError("nothing measured: no shape has room for the rows asked for")
+    if args.compare:
+        for name, directory, _ in targets:
+            raw = SHAPES[name] if directory is None else read_json(directory / "config.json")
+            yield from compare(raw, plan, ordinal, [record for record in measured if record.shape == name])
+
+
+def _plan(args: argparse.Namespace, ordinal: int | None) -> Plan:
+    """The tests that `args` ask for on GPU `ordinal`, or on the CPU for None."""
+    on_gpu = ordinal is not None
+    generations = args.generate or [QUEUED_PASSES if on_gpu else CPU_PASSES]
+    end_to_end = args.end_to_end
+    if end_to_end is None:
+        end_to_end = END_TO_END_TOKENS if on_gpu else 0
     plan = Plan(
         [count for count in args.prompt if count],
-        [count for count in args.generate if count],
+        [count for count in generations if count],
         args.depth,
         args.repetitions,
+        sorted({count for count in args.rows if count}),
+        end_to_end,
     )
-    if not plan.prompts and not plan.generations:
+    if not (plan.prompts or plan.generations or plan.rows or plan.end_to_end):
         raise ValueError("nothing to measure: expected tokens from -p or -n, found none")
-    ordinal = choose_device(args.device)
-    directory = None if args.random else _model_directory(args.model)
-    config = parse_config(SHAPES[args.random], args.random) if args.random else load_config(directory)
-    max_seq_len = args.max_seq_len
-    if max_seq_len is None:
-        max_seq_len = min(max(DEFAULT_MAX_SEQ_LEN, plan.positions), context_limit(config))
-    max_seq_len = context_length(config, max_seq_len)
-    if plan.positions > max_seq_len:
-        raise ValueError(f"the tests need {plan.positions} positions, the context has {max_seq_len}")
-    packed = load_packed(directory, args.dtype) if directory else random_model(config, args.dtype or "bf16")
-    return measure(packed, args.random or directory.name, plan, max_seq_len, ordinal)
+    if max(plan.rows, default=1) > MAX_ROWS:
+        raise ValueError(f"--rows: a pass has 1 to {MAX_ROWS} rows, found {plan.rows[-1]}")
+    if end_to_end < 0 or end_to_end == 1:
+        raise ValueError(f"--end-to-end: expected 2 tokens or more, or 0 for none, found {end_to_end}")
+    return plan
 
 
-def _score(args: argparse.Namespace) -> Score:
+def _context(config: ModelConfig, asked: int | None, positions: int) -> int:
+    """Tokens of context to make room for: `asked`, or load's default, or more if the tests need it."""
+    if asked is None:
+        asked = min(max(DEFAULT_MAX_SEQ_LEN, positions), context_limit(config))
+    max_seq_len = context_length(config, asked)
+    if positions > max_seq_len:
+        raise ValueError(f"the tests need {positions} positions, the context has {max_seq_len}")
+    return max_seq_len
+
+
+def _weights(directory: Path | None, config: ModelConfig, dtype: str | None) -> PackedModel:
+    return load_packed(directory, dtype) if directory else random_model(config, dtype or "bf16")
+
+
+def _score(args: argparse.Namespace) -> Iterator[Score]:
     if args.random:
         raise ValueError("--perplexity needs a model: random weights predict nothing")
-    with load(args.model, args.device, args.dtype, args.max_seq_len) as model:
-        return score_text(model, _model_directory(args.model).name, args.perplexity)
+    for dtype in args.dtype:
+        with load(args.model, args.device, dtype, args.max_seq_len) as model:
+            yield score_text(model, _model_directory(args.model).name, args.perplexity)
 
 
 def _model_directory(model: str | None) -> Path:
     return bundled_model_path() if model is None else resolve_model(model)
-
-
-def _json(results: Sequence[Record | Score]) -> str:
-    return json.dumps([asdict(result) for result in results], indent=1)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from tiny import tiny_config, tiny_tensors, with_changes, write_checkpoint, writ
 import ffmini
 from ffmini import bench, gpu
 from ffmini.bench import Plan, fill_cache, measure, pass_bytes, perplexity, random_model
-from ffmini.cli import main
+from ffmini.cli import main, make_parser
 from ffmini.config import ModelConfig, parse_config
 from ffmini.convert import pack_checkpoint
 from ffmini.cpu import CPUDecoder
@@ -31,7 +34,15 @@ from ffmini.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 TINY = tiny_config("llama2", intermediate_size=176)
-PLAN = Plan(prompts=[5], generations=[3], depths=[0, 7], repetitions=2)
+PLAN = Plan(prompts=[5], generations=[3], depths=[0, 7], repetitions=2, rows=[2, 5], end_to_end=4)
+TESTS = [
+    *[("pp5", 0), ("tg3", 0), ("pp5", 7), ("tg3", 7), ("e2e4", 0)],
+    *[("rows2", 0), ("rows5", 0), ("rows2", 7), ("rows5", 7)],
+]
+KEYS = (
+    "shape dtype engine test depth rows tokens_per_s us_per_token us_per_pass bytes peak_bytes_per_s "
+    "fraction over_queued device driver commit"
+)
 
 # Parameters of the published models, tied embeddings counted once.
 PARAMETERS = {"llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248, "qwen3-0.6b": 596_049_920}
@@ -66,6 +77,8 @@ def test_pass_bytes_of_published_shapes(shape):
     expected = 2 * (PARAMETERS[shape] - vectors - table) + 4 * vectors + (2 * hidden if table else 0)
     assert pass_bytes(skeleton(config, "bf16"), 0) == expected
     assert pass_bytes(skeleton(config, "bf16"), 1000) == expected + 1000 * gpu.kv_cache_bytes(config, 1)
+    more = 3 * 2 * hidden if table else 0  # embeddings are all that a row of its own adds
+    assert pass_bytes(skeleton(config, "bf16"), 0, rows=4) == expected + more
 
 
 @pytest.mark.parametrize(("format", "bits"), [("int8", 8.125), ("int4", 4.25)])
@@ -148,7 +161,8 @@ def test_random_weights_refuse_odd_sizes():
         random_model(config_of(tiny_config("llama2")), "bf16")
 
 
-def test_filled_cache_is_random_and_as_deep_as_asked():
+def test_filled_cache_is_random_and_as_deep_as_asked(monkeypatch):
+    monkeypatch.setattr(bench, "FILLED_POSITIONS", 16)
     decoder = CPUDecoder(random_model(config_of(TINY), "bf16"), 64, progress=False)
     fill_cache(decoder, 40, seed=3)
     for cache in (decoder.key_cache, decoder.value_cache):
@@ -156,6 +170,7 @@ def test_filled_cache_is_random_and_as_deep_as_asked():
         assert filled.std() == pytest.approx(1, abs=0.05)
         assert (filled == round_bf16(filled)).all()
         assert (cache[:, :, 40:] == 0).all()
+        assert (cache[:, :, :16] != cache[:, :, 16:32]).any()
     assert (decoder.key_cache != decoder.value_cache)[:, :, :40].any()
     before = decoder.key_cache.copy()
     fill_cache(decoder, 40, seed=3)
@@ -201,32 +216,64 @@ def test_no_speed_of_wrong_numbers(tmp_path, capsys):
     assert "the speed of wrong numbers is not measured" in err
 
 
+@pytest.mark.parametrize("context", [1, 5, 9, 300])
+def test_check_covers_every_build(monkeypatch, context):
+    """One build for a prompt, one for a token, and each of those for passes of many rows."""
+    calls: list[list[int]] = []
+
+    class Recorder(CPUDecoder):
+        def forward(self, tokens: np.ndarray, start: int, logits: str = "last") -> np.ndarray:
+            calls[-1].append(len(tokens))
+            return super().forward(tokens, start, logits)
+
+    def make(packed: bench.PackedModel, _: int | None, length: int) -> CPUDecoder:
+        calls.append([])
+        return Recorder(packed, length)
+
+    monkeypatch.setattr(bench, "make_decoder", make)
+    config = dataclasses.replace(config_of(TINY), max_position_embeddings=context)
+    assert bench.check_logits(random_model(config, "bf16"), None, [2, 3]) < bench.TOLERANCE
+    assert (
+        calls
+        == {
+            1: [[1], [1]],
+            5: [[5], [2, 3]],
+            9: [[8, 1], [4, 2, 3]],
+            300: [[256, 8, 1], [260, 2, 3]],
+        }[context]
+    )
+
+
 def check_records(records: list[bench.Record], packed: bench.PackedModel, unpacked: bool) -> None:
     """The tests of PLAN in order, and figures that fit each other."""
-    tests = [(record.test, record.depth) for record in records]
-    assert tests == [("pp5", 0), ("tg3", 0), ("pp5", 7), ("tg3", 7)]
+    assert [(record.test, record.depth) for record in records] == TESTS
     for record in records:
+        assert record.engine == "ffmini" and record.versions is None
         assert record.tokens_per_s > 0 and record.tokens_per_s_deviation >= 0
         assert record.peak_bytes_per_s > 1e8 and record.logits_error < bench.TOLERANCE
-        # The mean of rates and the mean of times: inverse up to the spread of two repetitions.
-        assert record.tokens_per_s * record.us_per_token >= 0.999e6
+        assert record.tokens_per_s * record.us_per_token == pytest.approx(1e6)  # both from the median
+        assert (record.over_queued is not None) == (record.test == "e2e4")
         if record.test == "pp5":
-            assert record.bytes is None and record.fraction is None
-        else:  # three passes, at depths of on average one more
-            assert record.bytes == pass_bytes(packed, record.depth + 1, unpacked)
-            speed = record.bytes / record.us_per_token * 1e6
-            assert record.fraction == pytest.approx(speed / record.peak_bytes_per_s)
+            assert (record.rows, record.us_per_pass, record.bytes, record.fraction) == (None,) * 4
+            continue
+        assert record.rows == int(record.test.removeprefix("rows")) if "rows" in record.test else 1
+        assert record.us_per_pass == pytest.approx(record.us_per_token * record.rows)
+        # Three passes each: at depths of on average one more, or two where they follow a token.
+        depth = record.depth + (2 if record.test == "e2e4" else 1)
+        assert record.bytes == pass_bytes(packed, depth, unpacked, record.rows)
+        speed = record.bytes / record.us_per_pass * 1e6
+        assert record.fraction == pytest.approx(speed / record.peak_bytes_per_s)
 
 
 def test_measure():
     packed = random_model(config_of(TINY), "bf16")
-    records = measure(packed, "tiny", PLAN, 32, None)
+    records = list(measure(packed, "tiny", PLAN, 32, None))
     check_records(records, packed, unpacked=True)
     assert {(record.shape, record.dtype, record.repetitions) for record in records} == {("tiny", "bf16", 2)}
 
 
 def test_measured_passes_are_the_ones_named(monkeypatch):
-    """One warm-up and each repetition: a prompt at once, tokens one by one, from the depth on."""
+    """One warm-up and each repetition: a prompt at once, passes one by one, each a position further on."""
     calls: list[tuple[int, int]] = []
 
     class Recorder(CPUDecoder):
@@ -236,16 +283,66 @@ def test_measured_passes_are_the_ones_named(monkeypatch):
 
     monkeypatch.setattr(bench, "check_logits", lambda *_: 0.0)
     monkeypatch.setattr(bench, "make_decoder", lambda packed, _, length: Recorder(packed, length))
-    measure(random_model(config_of(TINY), "bf16"), "tiny", PLAN, 32, None)
+    list(measure(random_model(config_of(TINY), "bf16"), "tiny", PLAN, 32, None))
     expected = []
     for depth in (0, 7):
         expected += 3 * [(5, depth)] + 3 * [(1, depth), (1, depth + 1), (1, depth + 2)]
+    expected += 3 * [(1, 0), (1, 1), (1, 2), (1, 3)] + 3 * [(1, 1), (1, 2), (1, 3)]
+    for depth in (0, 7):
+        for rows in (2, 5):
+            expected += 3 * [(rows, depth), (rows, depth + 1), (rows, depth + 2)]
     assert calls == expected
 
 
+def test_a_gpus_passes_are_queued():
+    """launch(rows, tokens, position, a bit per row of logits), and one wait after all of them."""
+    calls: list[Any] = []
+    decoder = SimpleNamespace(launch=lambda *args: calls.append(args), finish=lambda: calls.append("finish"))
+    tokens = np.arange(6).reshape(2, 3)
+    assert bench.time_passes(decoder, tokens, 7) > 0
+    launched = [(rows, part.tolist(), start, wanted) for rows, part, start, wanted in calls[:-1]]
+    assert launched == [(3, [0, 1, 2], 7, 0b111), (3, [3, 4, 5], 8, 0b111)] and calls[-1] == "finish"
+
+
+def test_figures_come_from_the_median(monkeypatch):
+    """The first run does not count; a slow one among the others changes the deviation only."""
+    times = iter([9.0, 2.0, 1.0, 7.0])
+    monkeypatch.setattr(bench, "time_passes", lambda *_: next(times))
+    monkeypatch.setattr(bench, "read_peak", lambda _: 1e9)
+    packed = random_model(config_of(TINY), "bf16")
+    (record,) = measure(packed, "tiny", Plan([], [4], [0], 3), 32, None)
+    assert (record.tokens_per_s, record.us_per_token, record.us_per_pass) == (2.0, 0.5e6, 0.5e6)
+    assert record.tokens_per_s_deviation == pytest.approx(np.std([2.0, 4.0, 4 / 7], ddof=1))
+    assert record.fraction == pytest.approx(record.bytes * 2 / 1e9)
+
+
+def test_end_to_end_samples_and_is_set_against_queued_passes(monkeypatch):
+    times = iter([9.0, 2.0, 1.0, 7.0])
+    monkeypatch.setattr(bench, "time_passes", lambda *_: next(times))
+    monkeypatch.setattr(bench, "check_logits", lambda *_: 0.0)
+    asked: list[tuple[Any, dict[str, Any]]] = []
+    generate = ffmini.Model.generate
+
+    def spy(self: ffmini.Model, prompt: Any, **options: Any) -> ffmini.Completion:
+        done = generate(self, prompt, **options)
+        asked.append((prompt, options))
+        assert len(done.text.split()) == len(done.tokens) == 6
+        timings = dataclasses.replace(done.timings, generation_seconds=3.0)
+        return dataclasses.replace(done, timings=timings)
+
+    monkeypatch.setattr(ffmini.Model, "generate", spy)
+    packed = random_model(config_of(TINY), "bf16")
+    (record,) = measure(packed, "tiny", Plan([], [], [0], 3, end_to_end=6), 32, None)
+    options = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1, "ignore_eos": True}
+    assert asked == 4 * [([0], options | {"max_new_tokens": 6})]
+    assert (record.us_per_token, record.over_queued) == (0.6e6, 1.5)
+
+
 def test_plan_positions():
-    assert PLAN.positions == 12
+    assert PLAN.positions == 14  # rows5 at depth 7: three passes, the last one of five positions
     assert Plan([], [3], [5, 1], 1).positions == 8
+    assert Plan([], [3], [0], 1, end_to_end=9).positions == 10
+    assert Plan([], [], [0], 1, rows=[3]).positions == bench.QUEUED_PASSES + 2
 
 
 def test_command_by_its_wrapper(tmp_path):
@@ -259,32 +356,253 @@ def test_command_by_its_wrapper(tmp_path):
     records = json.loads(result.stdout)
     tests = [(record["test"], record["depth"]) for record in records]
     assert tests == [(test, depth) for depth in (0, 9) for test in ("pp3", "pp4", "tg2")]
-    keys = "shape dtype test depth tokens_per_s us_per_token bytes peak_bytes_per_s fraction device driver"
-    assert {*keys.split(), "commit"} <= set(records[0])
+    assert set(KEYS.split()) <= set(records[0])
     assert records[0]["shape"] == "tiny" and records[0]["driver"] is None and records[0]["commit"]
 
 
-def test_random_shape_by_the_command(monkeypatch, capsys):
-    monkeypatch.setitem(SHAPES, "tiny", TINY)
+QUICK = ["--device", "cpu", "-p", "0", "-n", "2", "-r", "1"]
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes that a test can afford, in place of the published ones."""
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": TINY, "small": with_changes(TINY, {"vocab_size": 300})})
+
+
+@pytest.mark.usefixtures("tiny_shapes")
+def test_random_shape_by_the_command(capsys):
+    assert main(["bench", "--random", "tiny", "--dtype", "int8", *QUICK]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"tiny int8 tg2: [\d.]+ tokens/s, [\d.]+ us per token, [\d.]+ GB/s, [\d.]+% of the read peak "
+        r"[\d.]+ GB/s",
+        lines[0],
+    )
+    assert lines[4].startswith("| tiny | int8 | ffmini | tg2 | ") and lines[4].endswith("% |")
+    assert len(lines) == 7 and "GB/s; relative error of the logits" in lines[6]
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with room for four rows of TINY; it does nothing."""
+    properties = {"sharedMemPerBlockOptin": 60_000, "multiProcessorCount": 4}
+    runtime = SimpleNamespace(getDeviceProperties=lambda _: properties)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(gpu, "import_cupy", lambda: cupy)
+    monkeypatch.setattr(bench, "choose_device", lambda _: 0)
+
+
+@pytest.mark.usefixtures("small_gpu", "tiny_shapes")
+def test_rows_without_room_are_left_out(capsys):
+    packed = random_model(config_of(TINY), "bf16")
+    assert bench._rows_that_fit(packed, "tiny", [1, 4, 5, 8], 0) == [1, 4]
+    said = "ffmini: tiny bf16: a pass has room for 4 rows, not measured: 5, 8\n"
+    assert capsys.readouterr().err == said
     argv = [
         "bench",
         "--random",
-        "tiny",
-        "--dtype",
-        "int8",
-        "--device",
-        "cpu",
+        "all",
+        "--rows",
+        "5,8",
         "-p",
         "0",
         "-n",
-        "2",
-        "-r",
-        "1",
+        "0",
+        "--end-to-end",
+        "0",
+        "--compare",
     ]
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-1].startswith("ffmini: nothing measured: no shape has room")
+
+
+@pytest.mark.usefixtures("tiny_shapes")
+@pytest.mark.parametrize("shapes", ["tiny,small", "all"])
+def test_several_shapes_and_dtypes(capsys, shapes):
+    """All of them one after the other; with --json the line for each is on stderr."""
+    assert main(["bench", "--random", shapes, "--dtype", "bf16,int4", "--json", *QUICK]) == 0
+    out, err = capsys.readouterr()
+    pairs = [(shape, dtype) for shape in ("tiny", "small") for dtype in ("bf16", "int4")]
+    assert [(record["shape"], record["dtype"]) for record in json.loads(out)] == pairs
+    said = [line for line in err.splitlines() if "us per token" in line]
+    assert [tuple(line.split()[:2]) for line in said] == pairs
+
+
+@pytest.mark.usefixtures("tiny_shapes")
+def test_output_file_grows_with_every_record(tmp_path, monkeypatch, capsys):
+    """What was measured before an error is in the file; the lines of what was finished are on stdout."""
+    file, sizes = tmp_path / "out.json", []
+
+    def time_passes(*_: Any) -> float:
+        sizes.append(len(json.loads(file.read_text() or "[]")))
+        if len(sizes) == 7:
+            raise GenerationError("a pass went wrong")
+        return 1.0
+
+    monkeypatch.setattr(bench, "time_passes", time_passes)
+    argv = ["bench", "--random", "tiny", "--dtype", "bf16,int8", *QUICK, "-n", "2,3", "-o", str(file)]
+    assert main(argv) == 1
+    assert sizes == [0, 0, 1, 1, 2, 2, 3]
+    tests = [(record["dtype"], record["test"]) for record in json.loads(file.read_text())]
+    assert tests == [("bf16", "tg2"), ("bf16", "tg3"), ("int8", "tg2")]
+    out, err = capsys.readouterr()
+    assert out.startswith("tiny bf16 tg2: 2.0 tokens/s, 500000.0 us per token") and out.count("\n") == 1
+    assert "a pass went wrong" in err
+
+
+def test_output_file_that_cannot_be_written_is_known_first(tmp_path, capsys):
+    assert main(["bench", "-o", str(tmp_path / "no" / "out.json"), *QUICK]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "words"),
+    [
+        (["--random", "tinny"], 2, "found 'tinny'"),
+        (["--dtype", "bf16,fp4"], 2, "expected bf16, int8, int4, found 'fp4'"),
+        ([*QUICK, "--rows", "1,9"], 1, "--rows: a pass has 1 to 8 rows, found 9"),
+        ([*QUICK, "--end-to-end", "1"], 1, "--end-to-end: expected 2 tokens or more, or 0 for none, found 1"),
+    ],
+)
+def test_wrong_arguments(capsys, argv, status, words):
+    try:
+        found = main(["bench", *argv])
+    except SystemExit as error:
+        found = error.code
+    assert found == status and words in capsys.readouterr().err
+
+
+def test_default_tests_depend_on_the_device():
+    args = make_parser().parse_args(["bench"])
+    assert bench._plan(args, None) == Plan([512], [128], [0], 5)
+    assert bench._plan(args, 0) == Plan([512], [200], [0], 5, [], 128)
+
+
+# ---- what the table says about its rows ----------------------------------------------------------------
+
+
+def record_of(**changes: Any) -> bench.Record:
+    """200 us for a pass of 100 MB at a peak of 1 TB/s: half the peak."""
+    values: dict[str, Any] = dict.fromkeys([field.name for field in dataclasses.fields(bench.Record)])
+    values |= {"shape": "s", "dtype": "bf16", "engine": "ffmini", "test": "tg200", "depth": 0, "rows": 1}
+    values |= {"tokens_per_s": 5000.0, "tokens_per_s_deviation": 1.0, "us_per_token": 200.0}
+    values |= {"us_per_pass": 200.0, "bytes": 100_000_000, "peak_bytes_per_s": 1e12, "fraction": 0.5}
+    values |= {"logits_error": 1e-3, "repetitions": 5, "device": "d", "commit": "c"}
+    return bench.Record(**(values | changes))
+
+
+def notes(*records: bench.Record) -> list[str]:
+    """The lines between the table and the last line."""
+    return bench.records_table(records).splitlines()[len(records) + 3 : -1]
+
+
+def test_note_on_depth():
+    shallow = record_of(depth=256)
+    deep = record_of(depth=32768, us_per_pass=325.0, us_per_token=325.0, bytes=200_000_000)
+    other = record_of(depth=32768, dtype="int8", bytes=200_000_000)
+    assert notes(shallow, deep, other) == [
+        "s bf16 tg200, depth 256 to 32768: 125.0 us more, 100.0 MB more, which take 100.0 us at the read "
+        "peak: ratio 1.25"
+    ]
+    assert notes(shallow, record_of(depth=999)) == []  # a window hides the rest
+    assert notes(record_of(test="pp512", bytes=None), record_of(test="pp512", bytes=None, depth=9)) == []
+
+
+def test_note_on_end_to_end():
+    assert notes(record_of(test="e2e128", over_queued=1.0625)) == [
+        "s bf16 e2e128: 1.062 times the queued passes"
+    ]
+
+
+def test_note_on_other_engines():
+    other = record_of(engine="transformers", versions="v 1", us_per_token=500.0, logits_error=None)
+    mine = [record_of(), record_of(dtype="int4", us_per_token=100.0), record_of(shape="t", us_per_token=1.0)]
+    assert notes(*mine, other) == [
+        "s tg200, transformers (v 1): 500.0 us per token, 2.50 times ffmini's bf16, 5.00 times ffmini's int4"
+    ]
+    (line,) = notes(mine[2], other)
+    assert line.endswith("500.0 us per token, nothing of ffmini to compare")
+
+
+# ---- what a user would pick instead --------------------------------------------------------------------
+
+
+def compared(plan: Plan = PLAN) -> list[bench.Record]:
+    """compare() for a GPU, beside records of the test that it looks for and of others."""
+    mine = [record_of(shape="tiny", test="tg3", bytes=77), record_of(shape="tiny", test="tg9", bytes=5)]
+    return list(bench.compare(TINY, plan, 1, mine))
+
+
+FAKE = """
+import json, sys
+assert json.load(sys.stdin)["vocab_size"] == 259
+assert sys.argv[1:] == "--device cuda:1 --depth 0 --passes 3 --repetitions 2".split()
+print(json.dumps({"engine": "transformers", "versions": "v 1", "seconds": [3e-3, 6e-3]}))
+print("much ado", file=sys.stderr)
+"""
+
+
+def test_compare_makes_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "BASELINE", tmp_path / "fake.py")
+    bench.BASELINE.write_text(FAKE)
+    (record,) = compared()
+    assert capsys.readouterr().err == ""
+    expected = {"shape": "tiny", "dtype": "bf16", "engine": "transformers", "test": "tg3", "versions": "v 1"}
+    expected |= {"us_per_token": pytest.approx(1500.0), "bytes": 77, "rows": 1, "logits_error": None}
+    assert {key: getattr(record, key) for key in expected} == expected
+    bench.BASELINE.write_text(FAKE + "raise SystemExit('transformers compiled: no luck')")
+    assert compared() == [record]
+    reason = "tiny: comparison with transformers failed: transformers compiled: no luck\n"
+    assert capsys.readouterr().err == f"ffmini: {reason}"
+    bench.BASELINE.write_text("import os; os._exit(3)")
+    assert compared() == []
+    assert capsys.readouterr().err.endswith("failed: exit status 3\n")
+
+
+def test_compare_without_torch_is_one_line(tmp_path, monkeypatch, capsys):
+    """The real script where torch can't be imported."""
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert compared() == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("failed: No module named torch: pip install torch transformers")
+
+
+@pytest.mark.usefixtures("tiny_shapes")
+def test_compare_leaves_the_records_alone(tmp_path, monkeypatch, capsys):
+    """On the CPU, and where only the package is installed: one line, and status 0."""
+    argv = ["bench", "--random", "tiny", "--json", *QUICK, "--compare"]
     assert main(argv) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| tiny | int8 | tg2 | ") and lines[2].endswith("% |")
-    assert len(lines) == 5 and "GB/s; relative error of the logits" in lines[4]
+    out, err = capsys.readouterr()
+    assert [record["test"] for record in json.loads(out)] == ["tg2"]
+    assert "ffmini: tiny: nothing compared with transformers: needs a GPU\n" in err
+    monkeypatch.setattr(bench, "BASELINE", tmp_path / "none.py")
+    assert compared() == []
+    assert "needs a checkout of ffmini with" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("torch", "transformers"))), reason="needs torch and transformers"
+)
+def test_baseline_runs_on_the_cpu():
+    """The API that it takes for granted; its time here means nothing."""
+    command = [sys.executable, bench.BASELINE, "--device", "cpu", "--passes", "3", "--depth", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "--repetitions", "2"],
+        input=json.dumps(tiny_config("llama3.1")),
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [each["engine"] for each in found] == ["transformers", "transformers compiled"]
+    assert all(len(each["seconds"]) == 2 and "torch" in each["versions"] for each in found)
+
+
+# ---- odds and ends -------------------------------------------------------------------------------------
 
 
 def test_build_version_without_a_checkout(monkeypatch, tmp_path):
@@ -386,7 +704,7 @@ class TestGPU:
     @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
     def test_measure(self, format):
         packed = random_model(config_of(with_changes(TINY, {"num_hidden_layers": 3})), format)
-        records = measure(packed, "tiny", PLAN, 32, 0)
+        records = list(measure(packed, "tiny", PLAN, 32, 0))
         check_records(records, packed, unpacked=False)
         assert records[0].peak_bytes_per_s > 5e10 and records[0].driver
 

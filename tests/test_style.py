@@ -22,7 +22,7 @@ CHAIN = [
     {"sampler"},
     {"model"},
     {"__init__"},
-    {"shapes", "info"},
+    {"shapes", "info", "report"},
     {"bench"},
     {"cli"},
     {"__main__"},
