@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -177,13 +178,19 @@ def device_sources() -> tuple[tuple[str, str], ...]:
     return tuple((path.name, path.read_text(encoding="utf-8")) for path in files)
 
 
-def compile_cubin(defines: dict[str, str], arch: str, source: str = "ffmini.cu") -> tuple[bytes, str]:
-    """Compile cuda/`source` for `arch` (such as "sm_90"): the cubin and ptxas's report (registers, spills).
+def compile_cubin(
+    defines: dict[str, str],
+    arch: str,
+    source: str = "ffmini.cu",
+    sources: Mapping[str, str] | None = None,
+) -> tuple[bytes, str]:
+    """Compile `source` for `arch` (such as "sm_90"): the cubin and ptxas's report (registers, spills).
 
-    DeviceError carries the compiler's first error line; so does a missing NVRTC.
+    `sources`: file name -> text of it and of what it includes; None for cuda/. DeviceError carries the
+    compiler's first error line; so does a missing NVRTC.
     """
     nvrtc = _nvrtc()
-    headers = dict(device_sources())
+    headers = dict(device_sources() if sources is None else sources)
     text = headers.pop(source)
     names = tuple(name.encode() for name in headers)
     program = nvrtc.createProgram(text, source, tuple(header.encode() for header in headers.values()), names)
@@ -194,7 +201,7 @@ def compile_cubin(defines: dict[str, str], arch: str, source: str = "ffmini.cu")
     except nvrtc.NVRTCError as error:
         lines = nvrtc.getProgramLog(program).splitlines()
         first = next((line for line in lines if "error" in line), lines[0] if lines else str(error))
-        raise DeviceError(f"cuda/{source} does not compile for {arch}: {first}") from error
+        raise DeviceError(f"{source} does not compile for {arch}: {first}") from error
     finally:
         nvrtc.destroyProgram(program)
 
