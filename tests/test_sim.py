@@ -16,7 +16,7 @@ import pytest
 from bounds import check_logits_sent, check_sent
 from comparison import BF16_TOLERANCE, check_logits, check_stages, error, share_cache
 from packets import packet_counts
-from sim.driver import EVENTS, SHARED_LIMIT, SimDecoder, SimError, sanitized_environment
+from sim.driver import EVENTS, SHARED_LIMIT, NoTokenError, SimDecoder, SimError, sanitized_environment
 from sim_cases import (
     COVER,
     DEEP,
@@ -32,8 +32,10 @@ from sim_cases import (
     wanted_pairs,
 )
 
+from ffmini.candidates import Candidates, Query
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import GenerationError
+from ffmini.kernel import LISTED, MAIL_LEAVE
 from ffmini.numerics import from_bf16
 from ffmini.packing import PackedModel
 from ffmini.resources import resource_dir
@@ -284,6 +286,129 @@ def test_non_finite_logits(pack: Callable[[Case], PackedModel]) -> None:
     packed.norm = np.full_like(packed.norm, 3e38)
     with pytest.raises(GenerationError, match="non-finite"):
         SimDecoder(packed, MAX_SEQ_LEN).forward(case_tokens(packed, 3), 0)
+
+
+# ---- candidates ----------------------------------------------------------------------------------------
+
+
+def check_candidates(found: Candidates, logits: np.ndarray, ids: np.ndarray, temperature: float) -> None:
+    """`found` is what NumPy makes of all the row's `logits`, `ids` queried."""
+    others = np.setdiff1d(np.arange(len(logits)), ids)
+    order, count = others[np.lexsort((others, -logits[others]))], len(found.ids)
+    assert count >= min(LISTED, len(others)) and found.complete == (count == len(others))
+    assert np.array_equal(found.ids, order[:count])
+    assert np.array_equal(found.logits, logits[order[:count]])
+    assert same_bits(found.queried, logits[ids]) and same_bits(found.fetch(), logits)
+    if len(others) == 0:
+        assert found.total == 0
+        return
+    exact = np.exp((logits[others].astype(np.float64) - logits[order[0]]) * np.float32(1 / temperature)).sum()
+    assert abs(found.total - exact) <= 1e-5 * exact
+
+
+def flat(found: Candidates) -> np.ndarray:
+    """All that a pass says of a row, as float32 [n]."""
+    parts = (found.fetch(), found.queried, found.ids, found.logits, [found.total])
+    return np.concatenate([np.asarray(part, np.float32) for part in parts])
+
+
+def query(ids: np.ndarray | list[int], temperature: float = 1.0) -> Query:
+    return Query(np.asarray(ids, np.int32), np.float32(1 / temperature))
+
+
+LISTS = {  # vocabulary, rows, grids
+    "a block without a tile": (64, 1, (1, 3, 7)),
+    "some rows": (515, 8, (2, 7)),
+    "more tokens than a block looks at together": (4099, 1, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_candidates(pack: Callable[[Case], PackedModel], name: str) -> None:
+    """What the host gets of a pass is what NumPy makes of its logits."""
+    vocab, rows, grids = LISTS[name]
+    packed = pack(Case("llama2", changes={"vocab_size": vocab, "num_hidden_layers": 1}))
+    decoder, tokens = SimDecoder(packed, MAX_SEQ_LEN, rows=rows), case_tokens(packed, rows)
+    logits = decoder.forward(tokens, 0, "all")
+    wanted = {row: np.float32(1 / (0.4 + row)) for row in (0, 3, 7) if row < rows}
+    most = logits[0].argsort()[: -min(vocab // 2, 500) : -1]
+    for i, blocks in enumerate(grids):
+        for ids in ([], [vocab - 1, 0, vocab - 3], most, range(min(vocab, 1024))):
+            decoder.blocks, decoder.seed, ids = blocks, 7 * i, np.array(ids, np.int32)
+            for row, found in decoder.listed(tokens, 0, ids, wanted).items():
+                check_candidates(found, logits[row], ids, 0.4 + row)
+
+
+def test_the_last_of_many_rows(pack: Callable[[Case], PackedModel]) -> None:
+    packed = pack(SMALL)
+    decoder, tokens = SimDecoder(packed, MAX_SEQ_LEN, rows=8), case_tokens(packed, 19)
+    found = decoder.candidates(tokens, 0, query([2, 1], 0.5))
+    check_candidates(found, decoder.forward(tokens, 0)[0], np.array([2, 1]), 0.5)
+
+
+def test_equal_logits(pack: Callable[[Case], PackedModel]) -> None:
+    """The lower id comes first, within a lane, a warp, a block and among blocks."""
+    packed = pack(Case("llama2", "int8", changes={"vocab_size": 1090}))
+    tiles = packed.lm_head.reshape(packed.layouts["lm_head"].tiles, -1)
+    tiles[2::2], tiles[3::2] = tiles[0], tiles[1]
+    tokens = case_tokens(packed, 1)
+    for blocks in (1, 2, 3):
+        decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1, blocks=blocks, seed=blocks)
+        found = decoder.candidates(tokens, 0, query([17, 49]))
+        assert len(np.unique(found.logits)) < len(found.ids) // 3
+        check_candidates(found, found.fetch(), np.array([17, 49]), 1.0)
+
+
+@pytest.mark.parametrize("bulk_copies", [True, False])
+def test_same_candidates(pack: Callable[[Case], PackedModel], bulk_copies: bool) -> None:
+    """Whatever the schedule is, and whether the token was known at the launch; its mail may append it."""
+    packed = pack(Case("llama2", "int4", 32, changes={"num_hidden_layers": 1, "vocab_size": 67}))
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1, bulk_copies=bulk_copies)
+    tokens, ids = case_tokens(packed, 1), np.arange(3, 50, 2, dtype=np.int32)
+    token = int(tokens[0])
+    ids = ids[ids != token]
+    expected = decoder.listed(tokens, 0, ids, {0: 1.5})[0]
+    appended = decoder.listed(tokens, 0, np.append(ids, np.int32(token)), {0: 1.5})[0]
+    for seed in SEEDS[::3]:
+        decoder.seed, append = seed, seed % 2 == 0
+        mailbox = decoder.next_mail(token, append) if seed % 4 < 2 else None
+        decoder._queried_ids[...] = -1
+        found = decoder.listed(tokens, 0, ids, {0: 1.5}, append, mailbox)[0]
+        assert same_bits(flat(found), flat(appended if append else expected)), f"seed {seed}"
+        assert decoder._queried_ids[len(ids)] == (token if append else -1)
+
+
+@pytest.mark.parametrize("bulk_copies", [True, False])
+def test_no_token(pack: Callable[[Case], PackedModel], bulk_copies: bool) -> None:
+    """A pass that gets none leaves quietly, when it is told to and when time has passed."""
+    packed = pack(Case("llama2", "int4", 32, changes={"num_hidden_layers": 1, "vocab_size": 67}))
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1, bulk_copies=bulk_copies)
+    tokens = case_tokens(packed, 1)
+    expected = decoder.listed(tokens, 0, np.array([5]), {0: 1.0})[0]
+    for seed in SEEDS[::5]:
+        decoder.seed, decoder.blocks = seed, 2 + seed % 2
+        with pytest.raises(SimError, match=f"{1 + LISTED * decoder.blocks} results are missing"):
+            decoder.listed(tokens, 0, [5], {0: 1.0}, mailbox=decoder.next_mail(MAIL_LEAVE))
+        assert decoder.status["gave_up"] == 0 and decoder.status["no_token"] < decoder._pass
+        stale = decoder.next_mail(int(tokens[0])) - 1
+        with pytest.raises(SimError, match=r"deadlock: .*candidates.cuh:\d+ for host memory"):
+            decoder.listed(tokens, 0, [5], {0: 1.0}, mailbox=stale)
+        decoder.give_up = True
+        with pytest.raises(NoTokenError):
+            decoder.listed(tokens, 0, [5], {0: 1.0}, mailbox=stale + 1)
+        assert decoder.status["gave_up"] == 0
+        decoder.give_up, decoder.blocks = False, 3
+        assert same_bits(flat(decoder.listed(tokens, 0, [5], {0: 1.0})[0]), flat(expected))
+
+
+def test_a_block_without_a_token(pack: Callable[[Case], PackedModel]) -> None:
+    """One that others know has timed out ends the pass for all."""
+    packed = pack(Case("llama2", "int4", 32, changes={"num_hidden_layers": 1, "vocab_size": 67}))
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1)
+    tokens = case_tokens(packed, 1)
+    decoder._gave_up[0] = 1
+    with pytest.raises(SimError, match="results are missing"):
+        decoder.listed(tokens, 0, [5], {0: 1.0}, mailbox=0)
 
 
 # ---- that all this can fail ----------------------------------------------------------------------------
