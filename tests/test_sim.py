@@ -14,7 +14,16 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from bounds import check_logits_sent, check_sent
-from comparison import BF16_TOLERANCE, check_logits, check_stages, error, share_cache
+from comparison import (
+    BF16_TOLERANCE,
+    check_candidates,
+    check_logits,
+    check_stages,
+    error,
+    flat,
+    query,
+    share_cache,
+)
 from packets import packet_counts
 from sim.driver import EVENTS, SHARED_LIMIT, NoTokenError, SimDecoder, SimError, sanitized_environment
 from sim_cases import (
@@ -32,7 +41,6 @@ from sim_cases import (
     wanted_pairs,
 )
 
-from ffmini.candidates import Candidates, Query
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import GenerationError
 from ffmini.kernel import LISTED, MAIL_LEAVE
@@ -291,31 +299,6 @@ def test_non_finite_logits(pack: Callable[[Case], PackedModel]) -> None:
 # ---- candidates ----------------------------------------------------------------------------------------
 
 
-def check_candidates(found: Candidates, logits: np.ndarray, ids: np.ndarray, temperature: float) -> None:
-    """`found` is what NumPy makes of all the row's `logits`, `ids` queried."""
-    others = np.setdiff1d(np.arange(len(logits)), ids)
-    order, count = others[np.lexsort((others, -logits[others]))], len(found.ids)
-    assert count >= min(LISTED, len(others)) and found.complete == (count == len(others))
-    assert np.array_equal(found.ids, order[:count])
-    assert np.array_equal(found.logits, logits[order[:count]])
-    assert same_bits(found.queried, logits[ids]) and same_bits(found.fetch(), logits)
-    if len(others) == 0:
-        assert found.total == 0
-        return
-    exact = np.exp((logits[others].astype(np.float64) - logits[order[0]]) * np.float32(1 / temperature)).sum()
-    assert abs(found.total - exact) <= 1e-5 * exact
-
-
-def flat(found: Candidates) -> np.ndarray:
-    """All that a pass says of a row, as float32 [n]."""
-    parts = (found.fetch(), found.queried, found.ids, found.logits, [found.total])
-    return np.concatenate([np.asarray(part, np.float32) for part in parts])
-
-
-def query(ids: np.ndarray | list[int], temperature: float = 1.0) -> Query:
-    return Query(np.asarray(ids, np.int32), np.float32(1 / temperature))
-
-
 LISTS = {  # vocabulary, rows, grids
     "a block without a tile": (64, 1, (1, 3, 7)),
     "some rows": (515, 8, (2, 7)),
@@ -427,6 +410,7 @@ class Edit(NamedTuple):
 
 STREAM = functools.partial(Edit, "stream.cuh")
 EXCHANGE = functools.partial(Edit, "exchange.cuh")
+CANDIDATES = functools.partial(Edit, "candidates.cuh")
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(min_of(begin + i * step, count - 1)))"
 MISSING = "packet[i].w != tag"
@@ -529,6 +513,33 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         BULK,
         [Edit("attention.cuh", "item.split", "0", "MAX_SPLITS + item.split")],
     ),
+    # Candidates.
+    "candidates without a tag": (
+        BULK,
+        [CANDIDATES("block.args.pass", "0u", "__float_as_uint(sum), block.args.pass")],
+    ),
+    "queried logits without a tag": (
+        BULK,
+        [CANDIDATES("args.pass", "0u", "__float_as_uint(logit), args.pass")],
+    ),
+    "a mark replaces others": (
+        BULK,
+        [
+            CANDIDATES(
+                "set_bits_shared(marks + own / 32, 1u << own % 32)", "void(marks[own / 32] = 1u << own % 32)"
+            )
+        ],
+    ),
+    "a token of another rank": (BULK, [CANDIDATES("rank == least", "true")]),
+    "sums of warps not rescaled": (BULK, [CANDIDATES("share.sum * scale", "share.sum")]),
+    "queried ids without the appended one": (
+        BULK,
+        [CANDIDATES("known + appends(block)", "known + 0")],
+    ),
+    "token not appended": (
+        BULK,
+        [CANDIDATES("blockIdx.x == 0 && block.thread == 0", "false")],
+    ),
     # Lanes and memory.
     "shuffle of half a warp under a full mask": (
         BULK,
@@ -551,6 +562,8 @@ LEAVING: dict[str, tuple[str, list[Edit]]] = {
     "fetching goes on": (BULK, [STREAM("load_relaxed_shared(&state.abandoned) != 0", "false")]),
     "fetching does not hear of it": (BULK, [STREAM("store_relaxed_shared(&state_.abandoned, 1)", "void()")]),
     "copies left under way": (COPY, [STREAM("copy_async_wait<0>()", "void()")]),
+    "any mail taken": (BULK, [CANDIDATES("static_cast<uint32_t>(mail) == args.pass", "true")]),
+    "a token awaited for ever": (BULK, [CANDIDATES("global_timer_ns() < deadline", "true")]),
 }
 
 # A barrier, alone or with a vote.
@@ -656,18 +669,26 @@ class Mutable:
         changes={"num_attention_heads": 24, "num_key_value_heads": 4, "head_dim": 96, "vocab_size": 64},
     )
     SHARED_LIMIT = 128 * 1024
+    QUERIED = np.arange(0, 64, dtype=np.int32)[np.arange(64) % 3 > 0]  # marked by two warps
 
     def __init__(self, packed: PackedModel, cuda: Path, ring: str) -> None:
         self.tokens = case_tokens(packed, self.CASE.rows + 1)
         options = {"rows": self.CASE.rows, "bulk_copies": ring == BULK, "shared_limit": self.SHARED_LIMIT}
         self.decoder = SimDecoder(packed, MAX_SEQ_LEN, cuda=cuda, **options)
-        self.expected = self.logits(SimDecoder(packed, MAX_SEQ_LEN, **options))
+        exact = SimDecoder(packed, MAX_SEQ_LEN, **options)
+        self.expected = {}
+        for exact.blocks in (1, 3):  # as many candidates as blocks have room for
+            self.expected[exact.blocks] = self.results(exact)
 
-    def logits(self, decoder: SimDecoder) -> np.ndarray:
-        """Of a pass that sees one block of positions, and of two that see three."""
+    def results(self, decoder: SimDecoder) -> np.ndarray:
+        """Of a pass that sees one block of positions, one whose token comes by mail, two that see three."""
         rows = self.CASE.rows
-        first = decoder.forward(self.tokens[:rows], 0, "all")
-        return np.concatenate([first, deep_logits(decoder, self.tokens, rows)])
+        first = decoder.listed(self.tokens[:rows], 0, self.QUERIED, {0: 0.8, rows - 1: 1.0}, append=True)
+        known = decoder._queried_ids[: len(self.QUERIED) + 1]
+        mailbox = decoder.next_mail(int(self.tokens[rows]))
+        awaited = decoder.listed(self.tokens[rows:], rows, known.copy(), {0: 1.0}, mailbox=mailbox)
+        deep = deep_logits(decoder, self.tokens, rows)
+        return np.concatenate([*map(flat, [*first.values(), awaited[0]]), deep.reshape(-1)])
 
     def start(self, name: str | None, seed: int) -> None:
         """Like a new decoder, with the mistake `name`."""
@@ -677,11 +698,11 @@ class Mutable:
         decoder.seed, decoder.blocks = seed, 1 + 2 * (seed % 2)
 
     def is_wrong(self, name: str | None, seed: int) -> bool:
-        """Whether three passes give other logits or an error."""
+        """Whether the passes give other results or an error."""
         self.start(name, seed)
         try:
-            return not same_bits(self.logits(self.decoder), self.expected)
-        except (SimError, GenerationError):
+            return not same_bits(self.results(self.decoder), self.expected[self.decoder.blocks])
+        except (SimError, GenerationError, NoTokenError, ValueError):
             return True
 
     def leaves(self, name: str | None, lost: int) -> bool:
@@ -689,11 +710,24 @@ class Mutable:
         self.start(name, 0)
         self.decoder.lost_packet, self.decoder.give_up = lost, True
         try:
-            self.logits(self.decoder)
+            self.results(self.decoder)
         except (SimError, GenerationError) as raised:
             return "a wait gave up" in str(raised)
         finally:
             self.decoder.lost_packet, self.decoder.give_up = None, False
+        return False
+
+    def leaves_without_token(self, name: str | None) -> bool:
+        """Whether all blocks leave a pass when the mailbox keeps the mail of the one before."""
+        self.start(name, 1)
+        self.decoder.give_up = True
+        stale = self.decoder.next_mail(int(self.tokens[0])) - 1
+        try:
+            self.decoder.listed(self.tokens[:1], 0, self.QUERIED, {0: 1.0}, mailbox=stale)
+        except (SimError, GenerationError, NoTokenError) as raised:
+            return isinstance(raised, NoTokenError)
+        finally:
+            self.decoder.give_up = False
         return False
 
 
@@ -724,7 +758,8 @@ def test_a_barrier_less_is_found(mutable: Callable[[str], Mutable], place: str) 
 
 
 def leaves_always(build: Mutable, name: str | None) -> bool:
-    return all(build.leaves(name, lost) for lost in lost_packets(build.decoder).values())
+    left = all(build.leaves(name, lost) for lost in lost_packets(build.decoder).values())
+    return left and build.leaves_without_token(name)
 
 
 @pytest.mark.parametrize("ring", [BULK, COPY])
@@ -762,9 +797,14 @@ def run_all(decoder: SimDecoder, tokens: np.ndarray, gives_up: bool) -> None:
         decoder.seed = seed
         deep_logits(decoder, tokens, decoder.rows)
     decoder.forward(tokens, 0, "none")
+    decoder.listed(tokens, 0, [3, 7], {0: 1.0}, append=True)
+    mailbox = decoder.next_mail(int(tokens[0]), append=True)
+    decoder.listed(tokens[:1], 0, [3, 7], {0: 1.0}, mailbox=mailbox)
     if not gives_up:
         return
     decoder.give_up = True
+    with pytest.raises(NoTokenError):
+        decoder.listed(tokens[:1], 0, [3, 7], {0: 1.0}, mailbox=mailbox)
     for lost in lost_packets(decoder).values():
         decoder.lost_packet = lost
         with pytest.raises(GenerationError, match="a wait gave up"):

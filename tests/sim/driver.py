@@ -284,6 +284,7 @@ class SimDecoder:
         """As if no pass had been made: no packets, and pass numbers from the start."""
         for array in (self.exchange, self._host, self._gave_up):
             array.view(np.uint8)[...] = 0
+        self._queried_ids[...] = -1
         self._pass = 0
 
     def next_mail(self, token: int, append: bool = False) -> int:
