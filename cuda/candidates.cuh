@@ -105,19 +105,35 @@ __device__ __forceinline__ uint64_t first_entry(uint64_t entry) {
     return static_cast<uint64_t>(least) << 32 | token;
 }
 
-// Of the N entries of each lane of the warp the LISTED least: in lane i the i-th of them, or NO_ENTRY.
+// Makes a lane's entries ascend.
 template <int N>
-__device__ __forceinline__ uint64_t first_entries(const Block& block, const uint64_t (&entries)[N]) {
-    uint64_t listed = NO_ENTRY, last = 0;
+__device__ __forceinline__ void sort_entries(uint64_t (&entries)[N]) {
+#pragma unroll
+    for (int end = N - 1; end > 0; --end) {
+#pragma unroll
+        for (int i = 0; i < end; ++i) {
+            const uint64_t low = entries[i], high = entries[i + 1];
+            entries[i] = low < high ? low : high;
+            entries[i + 1] = low < high ? high : low;
+        }
+    }
+}
+
+// Of the N entries of each lane of the warp, which ascend, the LISTED least: in lane i the i-th of them, or
+// NO_ENTRY.
+template <int N>
+__device__ __forceinline__ uint64_t first_entries(const Block& block, uint64_t (&entries)[N]) {
+    uint64_t listed = NO_ENTRY;
 #pragma unroll 1
     for (int place = 0; place < LISTED; ++place) {
-        uint64_t first = NO_ENTRY;
+        const uint64_t first = first_entry(entries[0]);
+        if (block.lane() == place) listed = first;
+        const bool taken = entries[0] == first;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            if (entries[i] > last && entries[i] < first) first = entries[i];
+            const uint64_t next = i + 1 < N ? entries[i + 1] : NO_ENTRY;
+            entries[i] = taken ? next : entries[i];
         }
-        last = first_entry(first);
-        if (block.lane() == place) listed = last;
     }
     return listed;
 }
@@ -153,6 +169,7 @@ __device__ __forceinline__ void list_share(const Block& block, int row) {
             entries[i] = own_entry(block, logits, begin + i * THREADS + block.thread);
         }
         entries[SHARE] = listed;
+        sort_entries(entries);
         listed = first_entries(block, entries);
     }
     const uint64_t first = first_entry(listed);
@@ -172,9 +189,10 @@ __device__ __forceinline__ void list_share(const Block& block, int row) {
 // in each of LISTED packets an entry and the sum relative to the first one.
 __device__ __forceinline__ void publish_candidates(const Block& block, int row, uint4* packets) {
     const WarpCandidates* shares = block.candidates()->of[row];
-    uint64_t entries[WARPS * LISTED / 32];
-    for (int i = 0; i < WARPS * LISTED / 32; ++i) {
-        const int at = block.lane() + 32 * i;
+    constexpr int TAKEN = WARPS * LISTED / 32;  // by a lane, of one warp's list
+    uint64_t entries[TAKEN];
+    for (int i = 0; i < TAKEN; ++i) {
+        const int at = block.lane() * TAKEN + i;
         entries[i] = shares[at / LISTED].entry[at % LISTED];
     }
     const uint64_t listed = first_entries(block, entries), first = first_entry(listed);
