@@ -294,6 +294,11 @@ def test_non_finite_logits(pack: Callable[[Case], PackedModel]) -> None:
     packed.norm = np.full_like(packed.norm, 3e38)
     with pytest.raises(GenerationError, match="non-finite"):
         SimDecoder(packed, MAX_SEQ_LEN).forward(case_tokens(packed, 3), 0)
+    # A host that does not wait for the end of the pass learns it from the candidates.
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1)
+    with pytest.raises(GenerationError, match="non-finite"):
+        decoder.candidates(case_tokens(packed, 1), 0, query([5]))
+    assert np.isnan(decoder._assemble(0, decoder._host_memory(), 1).total)
 
 
 # ---- candidates ----------------------------------------------------------------------------------------
