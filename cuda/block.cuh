@@ -47,6 +47,16 @@ struct MergeScratch {
     float out[HEAD_DIM];
 };
 
+// ---- candidates: what warps make of their shares of the block's logits, over the activations too ----
+struct WarpCandidates {
+    uint64_t entry[LISTED];  // see candidates.cuh
+    float sum;
+};
+
+struct CandidateScratch {
+    WarpCandidates of[ROWS][WARPS];
+};
+
 #if BULK_COPIES
 using RingState = BulkState;
 template <int SLOTS>
@@ -67,11 +77,13 @@ struct SharedTail {
     float norm_scale[ROWS];                   // 1 / root mean square
     float rope_cos[ROWS * (HEAD_DIM / 2)];    // at the rows' positions
     float rope_sin[ROWS * (HEAD_DIM / 2)];
+    uint32_t mail;                                               // of a pass whose token was awaited
+    uint32_t queried[ceil_div(OWN_HEAD_TILES * TILE_ROWS, 32)];  // a bit for each token of the own tiles
     RingState ring;
 };
 
 constexpr int SCRATCH_BYTES =
-    max_of(ROWS * ACTIVATION_STRIDE * 2,
+    max_of(max_of(ROWS * ACTIVATION_STRIDE * 2, static_cast<int>(sizeof(CandidateScratch))),
            max_of(static_cast<int>(sizeof(AttentionScratch)), static_cast<int>(sizeof(MergeScratch))));
 
 constexpr int FIXED_BYTES =
@@ -101,6 +113,7 @@ struct Block {
     __device__ uint16_t* activations() const { return reinterpret_cast<uint16_t*>(memory); }
     __device__ AttentionScratch* attention() const { return reinterpret_cast<AttentionScratch*>(memory); }
     __device__ MergeScratch* merge() const { return reinterpret_cast<MergeScratch*>(memory); }
+    __device__ CandidateScratch* candidates() const { return reinterpret_cast<CandidateScratch*>(memory); }
 
     __device__ int own_tiles(Stage stage) const { return shared()->own_tiles[stage]; }
     __device__ int warp() const { return thread / 32; }

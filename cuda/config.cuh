@@ -21,8 +21,8 @@
     !defined(O_BIAS_OFFSET) || !defined(GATE_UP_BIAS_OFFSET) || !defined(DOWN_BIAS_OFFSET)
 #error "a -D constant of the norms and biases is missing"
 #endif
-#if !defined(SHARED_LIMIT) || !defined(OWN_TILES) || !defined(BULK_COPIES) || !defined(TEST_PAUSES) || \
-    !defined(STAGE_TIMES)
+#if !defined(SHARED_LIMIT) || !defined(OWN_TILES) || !defined(OWN_HEAD_TILES) || !defined(MAX_QUERIED) || \
+    !defined(BULK_COPIES) || !defined(TEST_PAUSES) || !defined(STAGE_TIMES)
 #error "a -D constant of the launch is missing"
 #endif
 
@@ -110,18 +110,29 @@ static_assert(KV_TILE == 16, "a warp's positions are the columns of whole runs")
 
 // One row of a pass. The rows of one slot stand together, at ascending consecutive positions.
 struct Row {
-    int token;
+    int token;  // or AWAITED, in the only row of a pass
     int position;
     int slot;
 };
 
-// Written only when something is wrong; each word then holds the pass number.
+// The host's memory, written only when something is wrong: the last three words with the pass number.
 struct Status {
+    uint32_t stage;  // of a wait that gave up: 8 * layer + stage (see Stage)
+    uint32_t block;
+    uint32_t unused;      // the first four are written as one
     uint32_t gave_up;     // a wait outlasted spin_limit_ns
     uint32_t non_finite;  // a logit is NaN or infinite
-    uint32_t stage;       // of the wait that gave up first: 8 * layer + stage (see Stage)
-    uint32_t block;
+    uint32_t no_token;    // the awaited token did not come within token_limit_ns
 };
+
+// A pass may be launched before its token is known. The mail that it waits for is one 64-bit word: the number
+// of the pass below, this above.
+constexpr int AWAITED = -1;
+constexpr uint32_t MAIL_APPEND = 1u << 31;  // the token joins the queried ids
+constexpr uint32_t MAIL_TOKEN = MAIL_APPEND - 1;
+constexpr uint32_t MAIL_LEAVE = MAIL_TOKEN;  // instead of a token: nobody wants the pass any more
+
+constexpr int LISTED = 8;  // candidates of a block
 
 // The kernel's one argument; ffmini/kernel.py holds the same struct as a NumPy dtype, a test compares them.
 struct PassArgs {
@@ -136,13 +147,21 @@ struct PassArgs {
     uint16_t* value_cache;         // the same; within a vector as rotated() says (items.cuh)
     uint4* exchange;               // [EXCHANGE_PACKETS], zeroed once; see exchange.cuh
     float* logits;                 // [ROWS][VOCAB_SIZE]
-    Status* status;
-    uint64_t* stage_times;  // [NUM_LAYERS + 1][MARKS][blocks] in nanoseconds; only if STAGE_TIMES
+    int* queried_ids;              // [MAX_QUERIED]: tokens whose logits the host wants to know
+    uint4* candidates;        // the host's memory, [ROWS][blocks * LISTED + MAX_QUERIED]; null: not wanted
+    const uint64_t* mailbox;  // the host's memory; see AWAITED
+    Status* status;           // the host's memory
+    uint32_t* gave_up;        // the pass that some block has given up: all blocks leave it
+    uint64_t* stage_times;    // [NUM_LAYERS + 1][MARKS][blocks] in nanoseconds; only if STAGE_TIMES
     uint64_t spin_limit_ns;
+    uint64_t token_limit_ns;
     uint32_t pass;  // 1 .. 2^32 / (NUM_LAYERS + 1), a new one for each launch
     int num_slots;
     int num_rows;          // 1 .. ROWS
     uint32_t logits_rows;  // bit r: row r's logits are wanted; 0 leaves the lm_head out
+    int num_queried;
+    uint32_t append;  // not 0: the last row's token joins queried_ids; unless it is awaited
+    float inverse_temperature[MAX_ROWS];  // of the candidates' sums
     Row rows[MAX_ROWS];
 };
 

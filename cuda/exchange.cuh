@@ -89,13 +89,13 @@ class Patience {
 
     __device__ bool more() {
         if (++polls_ % 256 != 0) return true;
-        if (load_relaxed_32(&args_.status->gave_up) == args_.pass) return false;
+        if (load_relaxed_32(args_.gave_up) == args_.pass) return false;
         const uint64_t now = global_timer_ns();
         if (deadline_ == 0) deadline_ = now + args_.spin_limit_ns;
         if (now < deadline_) return true;
-        store_relaxed_32(&args_.status->stage, static_cast<uint32_t>(where_));
-        store_relaxed_32(&args_.status->block, blockIdx.x);
-        store_relaxed_32(&args_.status->gave_up, args_.pass);
+        store_relaxed_system_128(reinterpret_cast<uint4*>(args_.status),
+                                 make_uint4(static_cast<uint32_t>(where_), blockIdx.x, 0, args_.pass));
+        store_relaxed_32(args_.gave_up, args_.pass);
         return false;
     }
 

@@ -3,6 +3,7 @@
 // (exchange.cuh), and every warp streams its weights ahead of them (stream.cuh).
 
 #include "attention.cuh"
+#include "candidates.cuh"
 #include "exchange.cuh"
 #include "matvec.cuh"
 
@@ -201,8 +202,10 @@ __device__ __forceinline__ void multiply_into_residual(Block& block, Stage stage
 
 // ---- the stages: each returns false when a wait gave up, and the block leaves ----
 
-// reads: the token ids. writes: hidden of layer 0, this block's part of the residual. waits for: nothing.
-__device__ __forceinline__ void embed(Block& block) {
+// reads: the token ids. writes: hidden of layer 0, this block's part of the residual. waits for: the token,
+// if it is awaited.
+__device__ __forceinline__ bool embed(Block& block) {
+    if (awaits_token(block.args) && !receive_token(block)) return false;
     const LayerPackets packets(block.args.exchange, 0);
     const uint32_t tag = tag_of(block.args, 0);
     const float* norm = layer_vectors(block, 0) + INPUT_LAYERNORM_OFFSET;
@@ -210,11 +213,12 @@ __device__ __forceinline__ void embed(Block& block) {
     for_half_warps(block, jobs, [&](int job, bool valid) {
         const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
         const int tile = blockIdx.x + own_tile * gridDim.x, k = tile * TILE_ROWS + output;
-        const float x = k < HIDDEN_SIZE ? embedding(block.args, block.args.rows[row].token, k) : 0.0f;
+        const float x = k < HIDDEN_SIZE ? embedding(block.args, token_of(block, row), k) : 0.0f;
         if (valid) block.shared()->residual[(own_tile * ROWS + row) * TILE_ROWS + output] = x;
         publish_residual(block, packets.hidden() + row * HIDDEN_PACKETS, tile, x,
                          k < HIDDEN_SIZE ? norm[k] : 0.0f, tag, valid);
     });
+    return true;
 }
 
 // reads: the rows' positions. writes: the angles of their rotations. waits for: nothing.
@@ -347,6 +351,7 @@ __device__ __forceinline__ bool norm_lm_head(Block& block) {
     const uint32_t tag = tag_of(block.args, NUM_LAYERS);
     if (block.own_tiles(STAGE_LM_HEAD) == 0) return true;
     const PassArgs& args = block.args;
+    if (args.candidates != nullptr) mark_queried(block);
     if (!receive_residual<LmHead>(block, packets.hidden(), tag, where_of(NUM_LAYERS, STAGE_LM_HEAD))) {
         return false;
     }
@@ -356,7 +361,7 @@ __device__ __forceinline__ bool norm_lm_head(Block& block) {
         if (!valid || token >= VOCAB_SIZE || !(args.logits_rows >> row & 1)) return;
         sum *= block.shared()->norm_scale[row];
         args.logits[static_cast<uint64_t>(row) * VOCAB_SIZE + token] = sum;
-        if (!(fabsf(sum) < -MASKED)) store_relaxed_32(&args.status->non_finite, args.pass);
+        if (!(fabsf(sum) < -MASKED)) store_relaxed_system_32(&args.status->non_finite, args.pass);
     });
     mark(block, NUM_LAYERS, MARK_QKV);
     return true;
@@ -367,8 +372,8 @@ __device__ __forceinline__ bool norm_lm_head(Block& block) {
 // False if a wait gave up.
 __device__ __forceinline__ bool run_pass(Block& block) {
     const PassArgs& args = block.args;
-    embed(block);
     look_up_angles(block);
+    if (!embed(block)) return false;
 #pragma unroll 1
     for (int layer = 0; layer < NUM_LAYERS; ++layer) {
         block.locate();
@@ -379,7 +384,9 @@ __device__ __forceinline__ bool run_pass(Block& block) {
         if (!down_proj(block, opaque(layer))) return false;
     }
     if (args.logits_rows == 0) return true;
-    return norm_lm_head(block);
+    if (!norm_lm_head(block)) return false;
+    if (args.candidates != nullptr) leave_candidates(block);
+    return true;
 }
 
 // Grid: cooperative, any number of blocks that are resident together. Block: BLOCK_THREADS threads and

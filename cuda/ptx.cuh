@@ -102,6 +102,13 @@ __device__ __forceinline__ float divide_approx(float x, float y) {
     return quotient;
 }
 
+// The least of the 32 lanes' values, in all lanes.
+__device__ __forceinline__ uint32_t warp_min(uint32_t x) {
+    uint32_t least;
+    asm volatile("redux.sync.min.u32 %0, %1, 0xffffffff;" : "=r"(least) : "r"(x));
+    return least;
+}
+
 // Starts copying 16 bytes from global to shared memory (both 16-byte aligned), past the L1. They may land
 // at any time until the wait that covers them.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
@@ -230,6 +237,11 @@ __device__ __forceinline__ void store_relaxed_shared(uint32_t* p, uint32_t v) {
     asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory");
 }
 
+// Sets `bits` in a word of shared memory, whole, not ordered against any other access.
+__device__ __forceinline__ void set_bits_shared(uint32_t* p, uint32_t bits) {
+    asm volatile("red.relaxed.cta.shared.or.b32 [%0], %1;" ::"r"(shared_address(p)), "r"(bits) : "memory");
+}
+
 // Ends the kernel with an error of the device.
 __device__ __forceinline__ void trap() {
     asm volatile("trap;");
@@ -264,6 +276,27 @@ __device__ __forceinline__ uint32_t load_relaxed_32(const uint32_t* p) {
 
 __device__ __forceinline__ void store_relaxed_32(uint32_t* p, uint32_t v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// ---- memory of the host ----
+
+// One access, whole or not at all, not ordered against any other.
+__device__ __forceinline__ uint64_t load_relaxed_system_64(const uint64_t* p) {
+    uint64_t v;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_relaxed_system_128(uint4* p, uint4 v) {
+    const uint64_t low = v.x | static_cast<uint64_t>(v.y) << 32;
+    const uint64_t high = v.z | static_cast<uint64_t>(v.w) << 32;
+    asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.sys.global.b128 [%0], v; }" ::"l"(p),
+                 "l"(low), "l"(high)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed_system_32(uint32_t* p, uint32_t v) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 // Nanoseconds of the device's global timer; it moves in steps of up to about a microsecond.

@@ -8,32 +8,43 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
 from types import ModuleType
 
 import numpy as np
 from tqdm import tqdm
 
+from .candidates import MAX_QUERIED, Candidates, Query
 from .config import ModelConfig
 from .errors import DeviceError, GenerationError, MemoryBudgetError
 from .kernel import (
+    AWAITED,
     BUILD_INFO,
     KERNEL_NAME,
+    LISTED,
+    MAIL_LEAVE,
     PASS_ARGS,
-    STATUS,
     cached_cubin,
     has_bulk_copies,
     kernel_defines,
     layer_bytes,
+    mail,
     max_rows,
 )
 from .memory import available_memory
 from .packing import PackedModel, vectors_length
 from .passes import check_pass
+from .results import HostMemory, assemble, check_query
 from .rope import rope_tables
 
+NON_FINITE = "non-finite logits: finite numbers expected from every pass"
 STAGE_NAMES = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj", "norm_lm_head", "-", "merge")
 PACKET_BYTES = 16
 SPIN_SECONDS = 10.0
+TOKEN_SECONDS = 0.02  # a pass that was launched ahead waits so long for its token
+NOT_READY = 600  # cudaErrorNotReady
+LOOK_SECONDS = 0.003  # between looks at CUDA's own state while results are awaited
 
 
 def import_cupy() -> ModuleType:
@@ -115,6 +126,16 @@ class _Build:
         self.exchange = cupy.zeros(self.exchange_bytes, dtype=cupy.uint8)
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """A pass whose last row leaves candidates."""
+
+    number: int
+    row: int
+    position: int  # of its first row
+    inverse_temperature: float
+
+
 def read_global(cupy: ModuleType, module: object, name: str, dtype: np.dtype) -> np.ndarray:
     """The value of type `dtype` that the loaded `module` calls `name`."""
     value = np.zeros((), dtype=dtype)
@@ -123,6 +144,18 @@ def read_global(cupy: ModuleType, module: object, name: str, dtype: np.dtype) ->
         value.ctypes.data, pointer.ptr, dtype.itemsize, cupy.cuda.runtime.memcpyDeviceToHost
     )
     return value
+
+
+def pinned_array(cupy: ModuleType, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+    """Memory of the host that the device may use at the same address, as CUDA maps all pinned memory.
+
+    It is freed with the last array that lies there.
+    """
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = cupy.cuda.PinnedMemoryPointer(
+        cupy.cuda.PinnedMemory(nbytes, cupy.cuda.runtime.hostAllocMapped), 0
+    )
+    return np.frombuffer(memory, np.uint8, nbytes).view(dtype).reshape(shape)
 
 
 class GPUDecoder:
@@ -158,6 +191,9 @@ class GPUDecoder:
         self._stage_times = stage_times
         self._pool = cupy.cuda.MemoryPool()
         self._pass = self._checked = 0  # the last pass launched, and the last whose status was read
+        self._waiting: _Listing | None = None  # the last pass, if its token was not known at the launch
+        self._listed = 0  # the pass whose logits its candidates may fetch
+        self._queried_ids = np.zeros(0, np.int32)  # as the device has them
         self._closed = False
         properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
         multiprocessors = properties["multiProcessorCount"]
@@ -223,14 +259,25 @@ class GPUDecoder:
         self.key_cache = cupy.zeros(shape, dtype=cupy.uint16)
         self.value_cache = cupy.zeros(shape, dtype=cupy.uint16)
         self._logits = cupy.empty((max(self._builds), config.vocab_size), dtype=cupy.float32)
-        self._status = cupy.zeros(STATUS.itemsize // 4, dtype=cupy.uint32)
+        self._gave_up = cupy.zeros(1, dtype=cupy.uint32)
+        self._device_ids = cupy.zeros(MAX_QUERIED, dtype=cupy.int32)
         build = next(iter(self._builds.values()))
+        self._host = self._map_host_memory(max(self._builds), build.blocks)
+        self._fetched = pinned_array(cupy, (config.vocab_size,), np.float32)
+        self._copies = cupy.cuda.Stream(non_blocking=True)  # does not wait for passes
+        # Of a pass and the one that waits behind it, by the last bit of the number: when it has ended.
+        self._ends = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self.ring_slots = build.ring_slots  # of the build for the fewest rows
         shape = (config.num_layers + 1, build.marks, build.blocks if self._stage_times else 0)
         self.stage_times = cupy.zeros(shape, dtype=cupy.uint64)
         for build in self._builds.values():
             build.allocate(cupy)
         self._args = self._make_args()
+
+    def _map_host_memory(self, rows: int, blocks: int) -> HostMemory:
+        memory = pinned_array(self._cupy, (HostMemory.nbytes(rows, blocks),), np.uint8)
+        memory[...] = 0
+        return HostMemory.inside(memory, rows, blocks)
 
     def _make_args(self) -> np.ndarray:
         args = np.zeros((), dtype=PASS_ARGS)
@@ -245,14 +292,17 @@ class GPUDecoder:
             "key_cache": self.key_cache,
             "value_cache": self.value_cache,
             "logits": self._logits,
-            "status": self._status,
+            "queried_ids": self._device_ids,
+            "gave_up": self._gave_up,
             "stage_times": self.stage_times,
         }
         for name, array in pointers.items():
             if array is not None and not array.flags.c_contiguous:
                 raise DeviceError(f"{name}: a contiguous array expected")
             args[name] = 0 if array is None else array.data.ptr
+        args["status"], args["mailbox"] = self._host.status.ctypes.data, self._host.mailbox.ctypes.data
         args["spin_limit_ns"] = int(float(os.environ.get("FFMINI_SPIN_SECONDS", SPIN_SECONDS)) * 1e9)
+        args["token_limit_ns"] = int(TOKEN_SECONDS * 1e9)
         args["num_slots"] = 1
         return args
 
@@ -263,9 +313,7 @@ class GPUDecoder:
         GenerationError if a logit is not finite or a wait on the device gave up.
         """
         tokens = np.asarray(tokens)
-        if self._closed:
-            raise ValueError("the decoder is closed")
-        check_pass(tokens, start, logits, self.max_seq_len, self.config.vocab_size)
+        self._check_pass(tokens, start, logits)
         pieces = [np.zeros((0, self.config.vocab_size), dtype=np.float32)]
         at = 0
         while at < len(tokens):
@@ -279,10 +327,21 @@ class GPUDecoder:
             at += len(piece)
         return np.concatenate(pieces)
 
+    def _check_pass(self, tokens: np.ndarray, start: int, logits: str) -> None:
+        if self._closed:
+            raise ValueError("the decoder is closed")
+        check_pass(tokens, start, logits, self.max_seq_len, self.config.vocab_size)
+
     def launch(self, rows: int, tokens: np.ndarray, start: int, wanted: int) -> None:
         """Queue one pass of the build for `rows` rows, without waiting for it; see PassArgs for `wanted`."""
+        self.settle()
+        self._listed = 0
+        self._args["candidates"] = 0
+        self._launch(self._next_pass(), rows, tokens, start, wanted)
+
+    def _launch(self, number: int, rows: int, tokens: np.ndarray, start: int, wanted: int) -> None:
         build, args = self._builds[rows], self._args
-        args["pass"] = self._next_pass()
+        args["pass"] = number
         args["exchange"] = build.exchange.data.ptr
         args["num_rows"] = len(tokens)
         args["logits_rows"] = wanted
@@ -302,17 +361,24 @@ class GPUDecoder:
             raise DeviceError(f"{self.device}: a pass failed ({error}); load the model again") from error
 
     def _next_pass(self) -> int:
-        """A number whose tags no packet carries; before they run out every packet is wiped."""
-        last = (2**32 - 1 - self.config.num_layers) // (self.config.num_layers + 1)
-        if self._pass == last:
-            self._check_status()
-            with self._on_device():
-                for build in self._builds.values():
-                    build.exchange.fill(0)
-                self._status.fill(0)
-            self._pass = self._checked = 0
+        """A number whose tags no packet carries."""
+        self._reserve_passes(1)
         self._pass += 1
         return self._pass
+
+    def _reserve_passes(self, count: int) -> None:
+        """Wipe every packet, once the queued passes have ended, if there are not so many numbers left."""
+        last = (2**32 - 1 - self.config.num_layers) // (self.config.num_layers + 1)
+        if self._pass + count <= last:
+            return
+        self._check_status()
+        with self._on_device():
+            for build in self._builds.values():
+                build.exchange.fill(0)
+            self._gave_up.fill(0)
+        for array in (self._host.status, self._host.mailbox, self._host.results):
+            array.view(np.uint8)[...] = 0
+        self._pass = self._checked = 0
 
     def finish(self, wanted: int = 0) -> np.ndarray:
         """Wait for the queued passes, check how they went and fetch the last one's wanted rows of logits."""
@@ -321,28 +387,192 @@ class GPUDecoder:
             rows = [row for row in range(wanted.bit_length()) if wanted >> row & 1]
             return self._logits[rows[0] : rows[-1] + 1].get() if rows else self._logits[:0].get()
 
+    def candidates(self, tokens: np.ndarray, start: int, query: Query, ahead: bool = False) -> Candidates:
+        """Run tokens [R] at positions start .. start + R - 1; what the last one's logits are, in short.
+
+        With `ahead` the next pass is launched too, so that it has begun when its token comes: a call with
+        that one token, the next position and the same query, to which the token may be added as the last id.
+        Any other call, and settle(), make it leave. Errors are those of forward().
+        """
+        tokens = np.asarray(tokens)
+        self._check_pass(tokens, start, "last")
+        ids = check_query(query, self.config.vocab_size)
+        first = (len(tokens) - 1) // max(self._builds) * max(self._builds)
+        if first:
+            self.forward(tokens[:first], start, "none")
+        if self._checked < self._pass - (self._waiting is not None):
+            self.finish()  # passes of launch()
+        try:
+            return self._candidates(tokens[first:], start + first, ids, query.inverse_temperature, ahead)
+        except BaseException:
+            self.settle()
+            self._queried_ids = np.zeros(0, np.int32)  # the last id may have come or not
+            raise
+
+    def _candidates(
+        self, tokens: np.ndarray, start: int, ids: np.ndarray, inverse_temperature: float, ahead: bool
+    ) -> Candidates:
+        self._listed = 0
+        self._reserve_passes(4)  # a pass and one ahead of it, both perhaps twice
+        append = self._queue_ids(ids, int(tokens[-1]))
+        end = start + len(tokens)
+        while True:
+            listing = self._deliver(tokens, start, inverse_temperature, append)
+            if listing is None:
+                listing = self._list(tokens, start, len(ids) - append, inverse_temperature, append)
+            self._queried_ids = ids
+            if ahead and end < self.max_seq_len:
+                self._waiting = self._list(np.array([AWAITED]), end, len(ids), inverse_temperature, False)
+            packets = self._await_results(listing, len(ids))
+            if packets is not None:
+                break
+            self.settle()
+        found = assemble(
+            packets,
+            len(ids),
+            inverse_temperature,
+            self.config.vocab_size,
+            lambda: self._fetch(listing),
+        )
+        self._checked = listing.number
+        if not (np.isfinite(found.total) and np.isfinite(found.queried).all()):
+            raise GenerationError(NON_FINITE)
+        self._listed = listing.number
+        return found
+
+    def _queue_ids(self, ids: np.ndarray, token: int) -> bool:
+        """See that the device has the queried `ids`; True if the pass must append its last token to them."""
+        known = self._queried_ids
+        if np.array_equal(ids, known):
+            return False
+        if len(ids) and ids[-1] == token and np.array_equal(ids[:-1], known):
+            return True
+        self.settle()
+        with self._on_device():
+            self._device_ids[: len(ids)].set(ids)
+        self._queried_ids = ids
+        return False
+
+    def _deliver(
+        self, tokens: np.ndarray, start: int, inverse_temperature: float, append: bool
+    ) -> _Listing | None:
+        """Give the waiting pass its token; None if it is not for this one, or has left."""
+        waiting = self._waiting
+        if waiting is None:
+            return None
+        fits = len(tokens) == 1 and waiting.position == start
+        fits = fits and waiting.inverse_temperature == inverse_temperature
+        if not fits or self._host.status["no_token"][0] == waiting.number:
+            self.settle()
+            return None
+        self._host.mailbox[0] = mail(waiting.number, int(tokens[0]), append)
+        self._waiting = None
+        return waiting
+
+    def _list(
+        self, tokens: np.ndarray, start: int, num_queried: int, inverse_temperature: float, append: bool
+    ) -> _Listing:
+        """Launch a pass whose last row leaves candidates."""
+        args, row = self._args, len(tokens) - 1
+        listing = _Listing(self._next_pass(), row, start, inverse_temperature)
+        args["candidates"] = self._host.results.ctypes.data
+        args["num_queried"], args["append"] = num_queried, append
+        args["inverse_temperature"][row] = inverse_temperature
+        rows = min(r for r in self._builds if r >= len(tokens))
+        self._launch(listing.number, rows, tokens, start, 1 << row)
+        with self._on_device():
+            self._ends[listing.number % 2].record()
+        return listing
+
+    def _await_results(self, listing: _Listing, num_queried: int) -> np.ndarray | None:
+        """The packets of the pass once all are there; None if it ended for want of its token."""
+        blocks = next(iter(self._builds.values())).blocks
+        packets = self._host.results[listing.row, : blocks * LISTED + num_queried]
+        tags, status = packets["tag"], self._host.status[0]
+        began = look = perf_counter()
+        ended = False
+        while not (tags == listing.number).all():
+            self._check_gave_up()
+            # The pass behind begins when this one has ended: if that lacked its token, this one did too.
+            if status["no_token"] >= listing.number:
+                return None
+            if (now := perf_counter()) < look + LOOK_SECONDS:
+                continue
+            look = now
+            if ended or now > began + 2 * self._spin_seconds:
+                raise DeviceError(f"{self.device}: a pass left no results; load the model again")
+            ended = self._has_ended(listing)
+        return packets
+
+    def _has_ended(self, listing: _Listing) -> bool:
+        """Whether the pass has left the device; DeviceError if CUDA reports an error there."""
+        runtime = self._cupy.cuda.runtime
+        with self._on_device():
+            state = runtime.eventQuery(self._ends[listing.number % 2].ptr)
+            if state not in (0, NOT_READY):
+                raise runtime.CUDARuntimeError(state)
+        return state == 0
+
+    def _fetch(self, listing: _Listing) -> np.ndarray:
+        """The logits of the row, float32 [vocab_size]."""
+        if self._closed or self._listed != listing.number:
+            raise ValueError("logits of the decoder's last pass expected, those of an earlier one asked for")
+        runtime = self._cupy.cuda.runtime
+        source, target = self._logits[listing.row], self._fetched
+        with self._on_device():
+            self._ends[listing.number % 2].synchronize()
+            runtime.memcpyAsync(
+                target.ctypes.data,
+                source.data.ptr,
+                target.nbytes,
+                runtime.memcpyDeviceToHost,
+                self._copies.ptr,
+            )
+            self._copies.synchronize()
+        return target.copy()
+
+    def settle(self) -> None:
+        """Make a pass that waits for its token leave; without one this does nothing."""
+        if self._waiting is not None:
+            self._host.mailbox[0] = mail(self._waiting.number, MAIL_LEAVE)
+            self._waiting = None
+
+    @property
+    def _spin_seconds(self) -> float:
+        return float(self._args["spin_limit_ns"]) / 1e9
+
     def _check_status(self) -> None:
         """Wait for the queued passes; GenerationError if one since the last check went wrong."""
+        self.settle()
         with self._on_device():
-            status = self._status.get().view(STATUS)[0]
+            self._cupy.cuda.get_current_stream().synchronize()
+        self._check_gave_up()
         first, self._checked = self._checked, self._pass
-        if first < status["gave_up"] <= self._pass:
+        if first < self._host.status["non_finite"][0] <= self._pass:
+            raise GenerationError(NON_FINITE)
+
+    def _check_gave_up(self) -> None:
+        """GenerationError if a wait of a pass since the last check gave up."""
+        status = self._host.status[0]
+        if self._checked < status["gave_up"] <= self._pass:
+            self._checked = self._pass
             layer, stage = divmod(int(status["stage"]), 8)
-            seconds = self._args["spin_limit_ns"] / 1e9
             raise GenerationError(
-                f"a wait on the device gave up after {seconds:g} s: layer {layer}, "
+                f"a wait on the device gave up after {self._spin_seconds:g} s: layer {layer}, "
                 f"{STAGE_NAMES[stage]}, block {status['block']}"
             )
-        if first < status["non_finite"] <= self._pass:
-            raise GenerationError("non-finite logits: finite numbers expected from every pass")
 
     def close(self) -> None:
-        """Free all device memory of this decoder; a second call does nothing."""
+        """Free all memory of this decoder on the device and pinned for it; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        for name in ("_layers", "_vectors", "_lm_head", "_embed", "_norm", "_rope", "_logits"):
+        self.settle()
+        with contextlib.suppress(DeviceError), self._on_device():
+            self._cupy.cuda.get_current_stream().synchronize()  # passes write into pinned memory
+        for name in ("_layers", "_vectors", "_lm_head", "_embed", "_norm", "_rope", "_logits", "_device_ids"):
             setattr(self, name, None)
-        self._status = self.stage_times = self._args = self.key_cache = self.value_cache = None
+        self._gave_up = self.stage_times = self._args = self.key_cache = self.value_cache = None
+        self._host = self._fetched = None
         self._builds.clear()
         self._pool.free_all_blocks()

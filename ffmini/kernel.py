@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .candidates import MAX_QUERIED
 from .config import ModelConfig
 from .errors import DeviceError
 from .layout import MatrixLayout, ceil_div
@@ -37,9 +38,16 @@ VECTOR_NAMES = (
     "down_bias",
 )
 
+AWAITED = -1  # in the place of a token that its pass finds in the mailbox
+MAIL_APPEND = 1 << 31  # above a token in the mail: it joins the queried ids
+MAIL_LEAVE = MAIL_APPEND - 1  # instead of a token: the pass ends
+LISTED = 8  # candidates of a block
+
 # The device's struct Row, Status, PassArgs and BuildInfo (cuda/config.cuh, cuda/ffmini.cu).
 ROW = np.dtype([("token", "<i4"), ("position", "<i4"), ("slot", "<i4")])
-STATUS = np.dtype([("gave_up", "<u4"), ("non_finite", "<u4"), ("stage", "<u4"), ("block", "<u4")])
+STATUS = np.dtype(
+    [(name, "<u4") for name in ("stage", "block", "unused", "gave_up", "non_finite", "no_token")]
+)
 PASS_ARGS = np.dtype(
     [
         ("layers", "<u8"),
@@ -53,13 +61,21 @@ PASS_ARGS = np.dtype(
         ("value_cache", "<u8"),
         ("exchange", "<u8"),
         ("logits", "<u8"),
+        ("queried_ids", "<u8"),
+        ("candidates", "<u8"),
+        ("mailbox", "<u8"),
         ("status", "<u8"),
+        ("gave_up", "<u8"),
         ("stage_times", "<u8"),
         ("spin_limit_ns", "<u8"),
+        ("token_limit_ns", "<u8"),
         ("pass", "<u4"),
         ("num_slots", "<i4"),
         ("num_rows", "<i4"),
         ("logits_rows", "<u4"),
+        ("num_queried", "<i4"),
+        ("append", "<u4"),
+        ("inverse_temperature", "<f4", (MAX_ROWS,)),
         ("rows", ROW, (MAX_ROWS,)),
     ],
     align=True,
@@ -87,12 +103,13 @@ def max_rows(config: ModelConfig, layouts: dict[str, MatrixLayout], shared_limit
     ring_slots = 2 if shared_limit > 128 * 1024 else 1
     widest = max(layout.k_pad for layout in layouts.values())
     tiles, head_dim = layouts["o_proj"].tiles, ceil_div(config.head_dim, 32) * 32
+    marks = 2 * ceil_div(layouts["lm_head"].tiles, blocks)
     heads = min(8, config.num_heads // config.num_kv_heads)
     for rows in (8, 4, 2):
         activations = rows * 2 * (widest + 96)
         attention = 64 * min(512, heads * head_dim) + head_dim * (8 * heads + 12 * rows + 28) + 2048
         tail = rows * (2048 + 4 * tiles + 4 * head_dim) + 64 * (rows + 1) * ceil_div(tiles, blocks) + 8192
-        if max(activations, attention) + tail + ring_slots * ring_slot <= shared_limit:
+        if max(activations, attention, 2048 * rows) + tail + marks + ring_slots * ring_slot <= shared_limit:
             return rows
     return 1
 
@@ -147,6 +164,8 @@ def kernel_defines(
         "VECTORS_SIZE": vectors_length(config),
         "SHARED_LIMIT": shared_limit,
         "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
+        "OWN_HEAD_TILES": ceil_div(head.tiles, blocks),
+        "MAX_QUERIED": MAX_QUERIED,
         "BULK_COPIES": int(bulk_copies),
         "TEST_PAUSES": int(test_pauses),
         "STAGE_TIMES": int(stage_times),
@@ -154,6 +173,11 @@ def kernel_defines(
     for name in VECTOR_NAMES:
         values[f"{name.upper()}_OFFSET"] = offsets[name][0] if name in offsets else 0
     return {name: str(value) for name, value in values.items()}
+
+
+def mail(number: int, token: int, append: bool = False) -> int:
+    """The word in the mailbox that gives pass `number` its token, or MAIL_LEAVE."""
+    return number | (token | MAIL_APPEND * append) << 32
 
 
 def has_bulk_copies(arch: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ffmini.candidates import Candidates, Query
 from ffmini.cpu import CPUDecoder
+from ffmini.kernel import LISTED
 from ffmini.layout import TILE_ROWS, ceil_div
 from ffmini.numerics import from_bf16
 
@@ -92,3 +94,29 @@ def check_logits(packed_error: float, own_error: float) -> None:
     """The kernel's error against float64 beside the CPU path's own; both are printed."""
     print(f"relative error of the logits: kernel {packed_error:.2e}, CPU path {own_error:.2e}")
     assert packed_error <= WHOLE_MODEL * own_error
+
+
+def query(ids: np.ndarray | list[int], temperature: float = 1.0) -> Query:
+    """`ids` queried, the others at `temperature`."""
+    return Query(np.asarray(ids, np.int32), np.float32(1 / temperature))
+
+
+def flat(found: Candidates) -> np.ndarray:
+    """All that a pass says of a row, as float32 [n]."""
+    parts = (found.fetch(), found.queried, found.ids, found.logits, [found.total])
+    return np.concatenate([np.asarray(part, np.float32) for part in parts])
+
+
+def check_candidates(found: Candidates, logits: np.ndarray, ids: np.ndarray, temperature: float) -> None:
+    """`found` is what NumPy makes of all the row's `logits`, `ids` queried."""
+    others = np.setdiff1d(np.arange(len(logits)), ids)
+    order, count = others[np.lexsort((others, -logits[others]))], len(found.ids)
+    assert count >= min(LISTED, len(others)) and found.complete == (count == len(others))
+    assert np.array_equal(found.ids, order[:count])
+    assert np.array_equal(found.logits, logits[order[:count]])
+    assert np.array_equal(found.queried, logits[ids]) and np.array_equal(found.fetch(), logits)
+    if len(others) == 0:
+        assert found.total == 0
+        return
+    exact = np.exp((logits[others].astype(np.float64) - logits[order[0]]) * np.float32(1 / temperature)).sum()
+    assert abs(found.total - exact) <= 1e-5 * exact

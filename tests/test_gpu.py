@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from comparison import check_logits, check_stages, error, share_cache
+from comparison import check_candidates, check_logits, check_stages, error, flat, query, share_cache
 from packets import PACKET, stages
 from tiny import FAMILIES, tiny_config, tiny_prompt, write_checkpoint
 
@@ -229,6 +230,131 @@ def test_a_hopeless_wait_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(GenerationError, match=r"gave up after 0\.2 s: layer 0"):
         decoder.finish(0)
     assert np.array_equal(decoder.forward(prompt, 0), expected)
+    decoder.close()
+
+
+# ---- candidates and passes ahead of their token --------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["vocab_32003", "head_dim_80"])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_candidates(tmp_path: Path, shape: str, dtype: str) -> None:
+    """What the host gets is what NumPy makes of the same pass's logits, whatever the grid and the rows."""
+    packed = pack(tmp_path, "llama2", dtype, **AWKWARD[shape])
+    vocab = packed.config.vocab_size
+    prompt = tiny_prompt({"vocab_size": vocab}, 20)
+    for blocks, rows in [(None, None), (3, (4,)), (1, (1,))]:
+        decoder = gpu.GPUDecoder(packed, 32, blocks=blocks, rows=rows, progress=False)
+        for length, temperature, count in [(20, 1.0, 0), (1, 0.3, 7), (3, 2.0, 1024)]:
+            tokens, logits = prompt[:length], decoder.forward(prompt[:length], 0)[0]
+            ids = logits.argsort()[-min(count, vocab) :] if count else np.zeros(0, int)
+            asked = query(ids, temperature)
+            found = [decoder.candidates(tokens, 0, asked) for _ in range(2)]
+            check_candidates(found[1], logits, ids, temperature)
+            repeated = [found[1].total, *found[1].ids], [found[0].total, *found[0].ids]
+            assert repeated[0] == repeated[1]
+        decoder.close()
+
+
+def test_a_whole_vocabulary_queried(tmp_path: Path) -> None:
+    packed = pack(tmp_path, "llama2", "bf16", vocab_size=64)
+    decoder = gpu.GPUDecoder(packed, 32, progress=False)
+    for ids in (np.arange(64), np.arange(5)):  # no others; all of them listed
+        found = decoder.candidates(np.array([1, 2]), 0, query(ids))
+        assert found.complete
+        check_candidates(found, found.fetch(), ids, 1.0)
+    decoder.close()
+
+
+def run_greedily(decoder: gpu.GPUDecoder, count: int, ahead: bool, pause: float = 0.0) -> list[np.ndarray]:
+    """All that `count` passes say, each of the token that came first in the one before and is queried now."""
+    ids: list[int] = []
+    token, results = 1, []
+    for position in range(count):
+        if token not in ids:
+            ids.append(token)
+        found = decoder.candidates(np.array([token]), position, query(ids, 0.8), ahead=ahead)
+        results.append(flat(found))
+        token = int(found.ids[0])
+        time.sleep(pause)
+    return results
+
+
+def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    return all(np.array_equal(x.view(np.uint32), y.view(np.uint32)) for x, y in zip(a, b, strict=True))
+
+
+def test_passes_ahead_say_the_same(tmp_path: Path) -> None:
+    """The same bits as passes that were launched with their token; with a slow host too, and in any grid."""
+    packed = pack(tmp_path, "qwen2", "int8", max_position_embeddings=128)
+    decoder = gpu.GPUDecoder(packed, 128, progress=False)
+    expected = run_greedily(decoder, 128, ahead=False)
+    launched, limit = decoder._pass, int(decoder._args["token_limit_ns"])
+    decoder._args["token_limit_ns"] = 10**10
+    assert same(run_greedily(decoder, 128, ahead=True), expected)
+    assert decoder._pass == launched + 128  # each but the first had been launched when its token came
+    decoder._args["token_limit_ns"] = limit
+    assert same(run_greedily(decoder, 8, ahead=True, pause=0.1), expected[:8])
+    assert same(run_greedily(decoder, 8, ahead=True, pause=gpu.TOKEN_SECONDS), expected[:8])
+    decoder.close()
+    for bulk_copies, blocks in ((False, None), (None, 3)):
+        decoder = gpu.GPUDecoder(
+            packed, 128, rows=(8,), blocks=blocks, bulk_copies=bulk_copies, progress=False
+        )
+        found = run_greedily(decoder, 30, ahead=True)
+        decoder.close()
+        assert all(
+            same([x[: packed.config.vocab_size]], [y[: packed.config.vocab_size]])
+            for x, y in zip(found, expected, strict=False)
+        )
+
+
+def test_a_generation_that_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted anywhere, with a pass waiting: whatever comes next works, as do close() and settle()."""
+    packed = pack(tmp_path, "llama2", "bf16")
+    decoder = gpu.GPUDecoder(packed, 64, progress=False)
+    expected = run_greedily(decoder, 12, ahead=False)
+    plain = decoder.forward(np.array([1, 2, 3]), 0)
+    for name in ("_await_results", "_deliver", "_list"):
+        assert same(run_greedily(decoder, 12, ahead=True), expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                decoder.candidates(np.array([5]), 12, query([1]), ahead=True)
+        assert np.array_equal(decoder.forward(np.array([1, 2, 3]), 0), plain)
+    assert same(run_greedily(decoder, 12, ahead=True), expected)
+    decoder.settle()
+    decoder.launch(1, np.array([1]), 0, 1)
+    assert np.array_equal(decoder.finish(1)[0], decoder.candidates(np.array([1]), 0, query([])).fetch())
+    decoder.candidates(np.array([1]), 0, query([]), ahead=True)
+    decoder.close()
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_many_passes_ahead(tmp_path: Path) -> None:
+    """20,000 tokens, across the wrap of the pass number, with pauses about as long as a pass waits."""
+    packed = pack(tmp_path, "llama2", "int4", num_hidden_layers=1, vocab_size=64)
+    decoder = gpu.GPUDecoder(packed, 64, rows=(1,), test_pauses=True, progress=False)
+    expected = run_greedily(decoder, 64, ahead=False)
+    decoder._args["token_limit_ns"] = 200_000
+    decoder._pass = decoder._checked = (2**32 - 2) // 2 - 5000
+    for i in range(20_000 // 64):
+        pause = 0.0002 if i % 8 == 0 else 0.0
+        assert same(run_greedily(decoder, 64, ahead=True, pause=pause), expected), i
+    assert decoder._pass < 100_000
+    decoder.close()
+
+
+def test_non_finite_candidates_raise(tmp_path: Path) -> None:
+    packed = pack(tmp_path, "llama2", "bf16")
+    packed.norm = np.full_like(packed.norm, 3e38)
+    decoder = gpu.GPUDecoder(packed, 64, progress=False)
+    for _ in range(2):
+        with pytest.raises(GenerationError, match="non-finite"):
+            decoder.candidates(np.array([1]), 0, query([3]), ahead=True)
     decoder.close()
 
 

@@ -18,14 +18,17 @@ from comparison import (
     BF16_TOLERANCE,
     KEY_ROTATION,
     VALUE_ROTATION,
+    check_candidates,
     check_logits,
     check_stages,
     error,
+    flat,
     plain,
+    query,
     share_cache,
 )
 from packets import packet_counts
-from sim.driver import EVENTS, SHARED_LIMIT, SimDecoder, SimError, sanitized_environment
+from sim.driver import EVENTS, SHARED_LIMIT, NoTokenError, SimDecoder, SimError, sanitized_environment
 from sim_cases import (
     COVER,
     DEEP,
@@ -43,6 +46,7 @@ from sim_cases import (
 
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import GenerationError
+from ffmini.kernel import LISTED, MAIL_LEAVE
 from ffmini.numerics import from_bf16
 from ffmini.packing import PackedModel
 from ffmini.resources import resource_dir
@@ -297,6 +301,109 @@ def test_non_finite_logits(pack: Callable[[Case], PackedModel]) -> None:
     packed.norm = np.full_like(packed.norm, 3e38)
     with pytest.raises(GenerationError, match="non-finite"):
         SimDecoder(packed, MAX_SEQ_LEN).forward(case_tokens(packed, 3), 0)
+    # A host that does not wait for the end of the pass learns it from the candidates.
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1)
+    with pytest.raises(GenerationError, match="non-finite"):
+        decoder.candidates(case_tokens(packed, 1), 0, query([5]))
+    assert np.isnan(decoder._assemble(0, decoder._host_memory(), 1).total)
+
+
+# ---- candidates ----------------------------------------------------------------------------------------
+
+
+LISTS = {  # vocabulary, rows, grids
+    "a block without a tile": (64, 1, (1, 3, 7)),
+    "some rows": (515, 8, (2, 7)),
+    "more tokens than a block looks at together": (4099, 1, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_candidates(pack: Callable[[Case], PackedModel], name: str) -> None:
+    """What the host gets of a pass is what NumPy makes of its logits."""
+    vocab, rows, grids = LISTS[name]
+    packed = pack(Case("llama2", changes={"vocab_size": vocab, "num_hidden_layers": 1}))
+    decoder, tokens = SimDecoder(packed, MAX_SEQ_LEN, rows=rows), case_tokens(packed, rows)
+    logits = decoder.forward(tokens, 0, "all")
+    wanted = {row: np.float32(1 / (0.4 + row)) for row in (0, 3, 7) if row < rows}
+    most = logits[0].argsort()[: -min(vocab // 2, 500) : -1]
+    for i, blocks in enumerate(grids):
+        for ids in ([], [vocab - 1, 0, vocab - 3], most, range(min(vocab, 1024))):
+            decoder.blocks, decoder.seed, ids = blocks, 7 * i, np.array(ids, np.int32)
+            for row, found in decoder.listed(tokens, 0, ids, wanted).items():
+                check_candidates(found, logits[row], ids, 0.4 + row)
+
+
+def test_the_last_of_many_rows(pack: Callable[[Case], PackedModel]) -> None:
+    packed = pack(SMALL)
+    decoder, tokens = SimDecoder(packed, MAX_SEQ_LEN, rows=8), case_tokens(packed, 19)
+    found = decoder.candidates(tokens, 0, query([2, 1], 0.5))
+    check_candidates(found, decoder.forward(tokens, 0)[0], np.array([2, 1]), 0.5)
+
+
+def test_equal_logits(pack: Callable[[Case], PackedModel]) -> None:
+    """The lower id comes first, within a lane, a warp, a block and among blocks."""
+    packed = pack(Case("llama2", "int8", changes={"vocab_size": 1090}))
+    tiles = packed.lm_head.reshape(packed.layouts["lm_head"].tiles, -1)
+    tiles[2::2], tiles[3::2] = tiles[0], tiles[1]
+    tokens = case_tokens(packed, 1)
+    for blocks in (1, 2, 3):
+        decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1, blocks=blocks, seed=blocks)
+        found = decoder.candidates(tokens, 0, query([17, 49]))
+        assert len(np.unique(found.logits)) < len(found.ids) // 3
+        check_candidates(found, found.fetch(), np.array([17, 49]), 1.0)
+
+
+@pytest.mark.parametrize("bulk_copies", [True, False])
+def test_same_candidates(pack: Callable[[Case], PackedModel], bulk_copies: bool) -> None:
+    """Whatever the schedule is, and whether the token was known at the launch; its mail may append it."""
+    packed = pack(Case("llama2", "int4", 32, changes={"num_hidden_layers": 1, "vocab_size": 67}))
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1, bulk_copies=bulk_copies)
+    tokens, ids = case_tokens(packed, 1), np.arange(3, 50, 2, dtype=np.int32)
+    token = int(tokens[0])
+    ids = ids[ids != token]
+    expected = decoder.listed(tokens, 0, ids, {0: 1.5})[0]
+    appended = decoder.listed(tokens, 0, np.append(ids, np.int32(token)), {0: 1.5})[0]
+    for seed in SEEDS[::3]:
+        decoder.seed, append = seed, seed % 2 == 0
+        mailbox = decoder.next_mail(token, append) if seed % 4 < 2 else None
+        decoder._queried_ids[...] = -1
+        found = decoder.listed(tokens, 0, ids, {0: 1.5}, append, mailbox)[0]
+        assert same_bits(flat(found), flat(appended if append else expected)), f"seed {seed}"
+        assert decoder._queried_ids[len(ids)] == (token if append else -1)
+
+
+@pytest.mark.parametrize("bulk_copies", [True, False])
+def test_no_token(pack: Callable[[Case], PackedModel], bulk_copies: bool) -> None:
+    """A pass that gets none leaves quietly, when it is told to and when time has passed."""
+    packed = pack(Case("llama2", "int4", 32, changes={"num_hidden_layers": 1, "vocab_size": 67}))
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1, bulk_copies=bulk_copies)
+    tokens = case_tokens(packed, 1)
+    expected = decoder.listed(tokens, 0, np.array([5]), {0: 1.0})[0]
+    for seed in SEEDS[::5]:
+        decoder.seed, decoder.blocks = seed, 2 + seed % 2
+        with pytest.raises(SimError, match=f"{1 + LISTED * decoder.blocks} results are missing"):
+            decoder.listed(tokens, 0, [5], {0: 1.0}, mailbox=decoder.next_mail(MAIL_LEAVE))
+        assert decoder.status["gave_up"] == 0 and decoder.status["no_token"] < decoder._pass
+        stale = decoder.next_mail(int(tokens[0])) - 1
+        with pytest.raises(SimError, match=r"deadlock: .*candidates.cuh:\d+ for host memory"):
+            decoder.listed(tokens, 0, [5], {0: 1.0}, mailbox=stale)
+        decoder.give_up = True
+        with pytest.raises(NoTokenError):
+            decoder.listed(tokens, 0, [5], {0: 1.0}, mailbox=stale + 1)
+        assert decoder.status["gave_up"] == 0
+        decoder.give_up, decoder.blocks = False, 3
+        assert same_bits(flat(decoder.listed(tokens, 0, [5], {0: 1.0})[0]), flat(expected))
+
+
+def test_a_block_without_a_token(pack: Callable[[Case], PackedModel]) -> None:
+    """One that others know has timed out ends the pass for all."""
+    packed = pack(Case("llama2", "int4", 32, changes={"num_hidden_layers": 1, "vocab_size": 67}))
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1)
+    tokens = case_tokens(packed, 1)
+    decoder._gave_up[0] = 1
+    with pytest.raises(SimError, match="results are missing"):
+        decoder.listed(tokens, 0, [5], {0: 1.0}, mailbox=0)
 
 
 # ---- that all this can fail ----------------------------------------------------------------------------
@@ -315,6 +422,7 @@ class Edit(NamedTuple):
 
 STREAM = functools.partial(Edit, "stream.cuh")
 EXCHANGE = functools.partial(Edit, "exchange.cuh")
+CANDIDATES = functools.partial(Edit, "candidates.cuh")
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(min_of(begin + i * step, count - 1)))"
 MISSING = "packet[i].w != tag"
@@ -417,6 +525,33 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         BULK,
         [Edit("attention.cuh", "item.split", "0", "MAX_SPLITS + item.split")],
     ),
+    # Candidates.
+    "candidates without a tag": (
+        BULK,
+        [CANDIDATES("block.args.pass", "0u", "__float_as_uint(sum), block.args.pass")],
+    ),
+    "queried logits without a tag": (
+        BULK,
+        [CANDIDATES("args.pass", "0u", "__float_as_uint(logit), args.pass")],
+    ),
+    "a mark replaces others": (
+        BULK,
+        [
+            CANDIDATES(
+                "set_bits_shared(marks + own / 32, 1u << own % 32)", "void(marks[own / 32] = 1u << own % 32)"
+            )
+        ],
+    ),
+    "a token of another rank": (BULK, [CANDIDATES("rank == least", "true")]),
+    "sums of warps not rescaled": (BULK, [CANDIDATES("share.sum * scale", "share.sum")]),
+    "queried ids without the appended one": (
+        BULK,
+        [CANDIDATES("known + appends(block)", "known + 0")],
+    ),
+    "token not appended": (
+        BULK,
+        [CANDIDATES("blockIdx.x == 0 && block.thread == 0", "false")],
+    ),
     # Lanes and memory.
     "half a warp does not shuffle": (
         BULK,
@@ -432,6 +567,8 @@ LEAVING: dict[str, tuple[str, list[Edit]]] = {
     "fetching goes on": (BULK, [STREAM("load_relaxed_shared(&state.abandoned) != 0", "false")]),
     "fetching does not hear of it": (BULK, [STREAM("store_relaxed_shared(&state_.abandoned, 1)", "void()")]),
     "copies left under way": (COPY, [STREAM("copy_async_wait<0>()", "void()")]),
+    "any mail taken": (BULK, [CANDIDATES("static_cast<uint32_t>(mail) == args.pass", "true")]),
+    "a token awaited for ever": (BULK, [CANDIDATES("global_timer_ns() < deadline", "true")]),
 }
 
 # A barrier, alone or with a vote.
@@ -533,18 +670,26 @@ class Mutable:
         changes={"num_attention_heads": 24, "num_key_value_heads": 4, "head_dim": 96, "vocab_size": 64},
     )
     SHARED_LIMIT = 128 * 1024
+    QUERIED = np.arange(0, 64, dtype=np.int32)[np.arange(64) % 3 > 0]  # marked by two warps
 
     def __init__(self, packed: PackedModel, cuda: Path, ring: str) -> None:
         self.tokens = case_tokens(packed, self.CASE.rows + 1)
         options = {"rows": self.CASE.rows, "bulk_copies": ring == BULK, "shared_limit": self.SHARED_LIMIT}
         self.decoder = SimDecoder(packed, MAX_SEQ_LEN, cuda=cuda, **options)
-        self.expected = self.logits(SimDecoder(packed, MAX_SEQ_LEN, **options))
+        exact = SimDecoder(packed, MAX_SEQ_LEN, **options)
+        self.expected = {}
+        for exact.blocks in (1, 3):  # as many candidates as blocks have room for
+            self.expected[exact.blocks] = self.results(exact)
 
-    def logits(self, decoder: SimDecoder) -> np.ndarray:
-        """Of a pass that sees one block of positions, and of two that see three."""
+    def results(self, decoder: SimDecoder) -> np.ndarray:
+        """Of a pass that sees one block of positions, one whose token comes by mail, two that see three."""
         rows = self.CASE.rows
-        first = decoder.forward(self.tokens[:rows], 0, "all")
-        return np.concatenate([first, deep_logits(decoder, self.tokens, rows)])
+        first = decoder.listed(self.tokens[:rows], 0, self.QUERIED, {0: 0.8, rows - 1: 1.0}, append=True)
+        known = decoder._queried_ids[: len(self.QUERIED) + 1]
+        mailbox = decoder.next_mail(int(self.tokens[rows]))
+        awaited = decoder.listed(self.tokens[rows:], rows, known.copy(), {0: 1.0}, mailbox=mailbox)
+        deep = deep_logits(decoder, self.tokens, rows)
+        return np.concatenate([*map(flat, [*first.values(), awaited[0]]), deep.reshape(-1)])
 
     def start(self, name: str | None, seed: int) -> None:
         """Like a new decoder, with the mistake `name`."""
@@ -554,11 +699,11 @@ class Mutable:
         decoder.seed, decoder.blocks = seed, 1 + 2 * (seed % 2)
 
     def is_wrong(self, name: str | None, seed: int) -> bool:
-        """Whether three passes give other logits or an error."""
+        """Whether the passes give other results or an error."""
         self.start(name, seed)
         try:
-            return not same_bits(self.logits(self.decoder), self.expected)
-        except (SimError, GenerationError):
+            return not same_bits(self.results(self.decoder), self.expected[self.decoder.blocks])
+        except (SimError, GenerationError, NoTokenError, ValueError):
             return True
 
     def leaves(self, name: str | None, lost: int) -> bool:
@@ -566,11 +711,24 @@ class Mutable:
         self.start(name, 0)
         self.decoder.lost_packet, self.decoder.give_up = lost, True
         try:
-            self.logits(self.decoder)
+            self.results(self.decoder)
         except (SimError, GenerationError) as raised:
             return "a wait gave up" in str(raised)
         finally:
             self.decoder.lost_packet, self.decoder.give_up = None, False
+        return False
+
+    def leaves_without_token(self, name: str | None) -> bool:
+        """Whether all blocks leave a pass when the mailbox keeps the mail of the one before."""
+        self.start(name, 1)
+        self.decoder.give_up = True
+        stale = self.decoder.next_mail(int(self.tokens[0])) - 1
+        try:
+            self.decoder.listed(self.tokens[:1], 0, self.QUERIED, {0: 1.0}, mailbox=stale)
+        except (SimError, GenerationError, NoTokenError) as raised:
+            return isinstance(raised, NoTokenError)
+        finally:
+            self.decoder.give_up = False
         return False
 
 
@@ -601,7 +759,8 @@ def test_a_barrier_less_is_found(mutable: Callable[[str], Mutable], place: str) 
 
 
 def leaves_always(build: Mutable, name: str | None) -> bool:
-    return all(build.leaves(name, lost) for lost in lost_packets(build.decoder).values())
+    left = all(build.leaves(name, lost) for lost in lost_packets(build.decoder).values())
+    return left and build.leaves_without_token(name)
 
 
 @pytest.mark.parametrize("ring", [BULK, COPY])
@@ -642,9 +801,14 @@ def run_all(decoder: SimDecoder, tokens: np.ndarray, gives_up: bool) -> None:
         decoder.seed = seed
         deep_logits(decoder, tokens, decoder.rows)
     decoder.forward(tokens, 0, "none")
+    decoder.listed(tokens, 0, [3, 7], {0: 1.0}, append=True)
+    mailbox = decoder.next_mail(int(tokens[0]), append=True)
+    decoder.listed(tokens[:1], 0, [3, 7], {0: 1.0}, mailbox=mailbox)
     if not gives_up:
         return
     decoder.give_up = True
+    with pytest.raises(NoTokenError):
+        decoder.listed(tokens[:1], 0, [3, 7], {0: 1.0}, mailbox=mailbox)
     for lost in lost_packets(decoder).values():
         decoder.lost_packet = lost
         with pytest.raises(GenerationError, match="a wait gave up"):

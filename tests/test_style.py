@@ -13,11 +13,12 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules before it; what stands on one line is independent of each other.
 CHAIN = [
-    {"errors", "numerics", "layout", "passes"},
+    {"errors", "numerics", "layout", "passes", "candidates"},
     {"memory", "resources", "config"},
     {"checkpoint", "rope", "quant"},
     {"packing"},
     {"convert", "cpu", "kernel", "options", "tokenizer"},
+    {"results"},
     {"gpu"},
     {"sampler"},
     {"model"},

@@ -23,11 +23,21 @@ from pathlib import Path
 import numpy as np
 from packets import PACKET, packet_counts, stages
 
+from ffmini.candidates import MAX_QUERIED, Candidates, Query
 from ffmini.errors import GenerationError
-from ffmini.kernel import BUILD_INFO, PASS_ARGS, STATUS, kernel_defines, layer_bytes
+from ffmini.kernel import (
+    AWAITED,
+    BUILD_INFO,
+    LISTED,
+    PASS_ARGS,
+    kernel_defines,
+    layer_bytes,
+    mail,
+)
 from ffmini.layout import ceil_div
 from ffmini.packing import LAYER_MATRICES, PackedModel, vectors_length
 from ffmini.resources import resource_dir
+from ffmini.results import HostMemory, assemble, check_query
 from ffmini.rope import rope_tables
 
 SIM_DIR = Path(__file__).resolve().parent
@@ -49,6 +59,10 @@ EVENTS = (  # enum Event of machine.hpp
     "stores late",
     "stores in any order",
 )
+
+
+MAX_BLOCKS = 8  # whose candidates there is room for, or as many as at first
+TOKEN_LIMIT_NS = 20 * 10**6
 
 
 class SimError(Exception):
@@ -155,6 +169,10 @@ def guarded_copy(source: np.ndarray) -> np.ndarray:
     return array
 
 
+class NoTokenError(Exception):
+    """A pass ended for want of its token."""
+
+
 class SimDecoder:
     """Passes of one model on a simulated grid; the interface of CPUDecoder and GPUDecoder.
 
@@ -226,7 +244,10 @@ class SimDecoder:
         self.value_cache = guarded_array(shape, np.uint16)
         self.exchange = guarded_array((int(self.build_info["exchange_packets"]),), PACKET)
         self._logits = guarded_array((self.rows, config.vocab_size), np.float32)
-        self._status = guarded_array((1,), STATUS)
+        self._gave_up = guarded_array((1,), np.uint32)
+        self._queried_ids = guarded_array((MAX_QUERIED,), np.int32)
+        self._host = guarded_array((HostMemory.nbytes(self.rows, max(self.blocks, MAX_BLOCKS)),), np.uint8)
+        self._status = self._host_memory().status
         shape = (config.num_layers + 1, int(self.build_info["marks"]), self.blocks)
         self.stage_times = guarded_array(shape, np.uint64)  # for no more blocks; see PassArgs
         self.reset()
@@ -242,7 +263,8 @@ class SimDecoder:
             "value_cache": self.value_cache,
             "exchange": self.exchange,
             "logits": self._logits,
-            "status": self._status,
+            "queried_ids": self._queried_ids,
+            "gave_up": self._gave_up,
             "stage_times": self.stage_times,
         }
         if packed.embed_tokens is not None:
@@ -251,14 +273,26 @@ class SimDecoder:
         self._args = np.zeros((), PASS_ARGS)
         for name, array in arrays.items():
             self._args[name] = array.ctypes.data
+        host = self._host_memory()
+        self._args["status"], self._args["mailbox"] = host.status.ctypes.data, host.mailbox.ctypes.data
+        self._arrays["host memory"] = self._host
         self._args["num_slots"] = 1
         self._args["spin_limit_ns"] = 10**9
+        self._args["token_limit_ns"] = TOKEN_LIMIT_NS
 
     def reset(self) -> None:
         """As if no pass had been made: no packets, and pass numbers from the start."""
-        self.exchange.view(np.uint8)[...] = 0
-        self._status.view(np.uint8)[...] = 0
+        for array in (self.exchange, self._host, self._gave_up):
+            array.view(np.uint8)[...] = 0
+        self._queried_ids[...] = -1
         self._pass = 0
+
+    def next_mail(self, token: int, append: bool = False) -> int:
+        """What the mailbox must hold if the next pass is to find `token` there."""
+        return mail(self._pass + 1, token, append)
+
+    def _host_memory(self) -> HostMemory:
+        return HostMemory.inside(self._host, self.rows, self.blocks)
 
     def set_word(self, name: str, value: int) -> None:
         """Set the library's own variable `name`, an int."""
@@ -281,6 +315,56 @@ class SimDecoder:
 
     def launch(self, tokens: np.ndarray, start: int, wanted: list[int]) -> np.ndarray:
         """One pass; the logits [len(wanted), vocab_size] of the rows in `wanted`."""
+        self._run(tokens, start, wanted)
+        return self._logits[wanted].copy()
+
+    def candidates(self, tokens: np.ndarray, start: int, query: Query) -> Candidates:
+        """What the last of `tokens`, run from position `start` on, says; see ffmini/candidates.py."""
+        first = (len(tokens) - 1) // self.rows * self.rows
+        self.forward(tokens[:first], start, "none")
+        last = len(tokens) - first - 1
+        temperatures = {last: query.inverse_temperature}
+        return self.listed(tokens[first:], start + first, query.token_ids, temperatures)[last]
+
+    def listed(
+        self,
+        tokens: np.ndarray,
+        start: int,
+        ids: np.ndarray,
+        inverse_temperatures: dict[int, float],
+        append: bool = False,
+        mailbox: int | None = None,
+    ) -> dict[int, Candidates]:
+        """One pass: what it says of each of the rows that have an inverse temperature.
+
+        The queried tokens are `ids` and, with `append`, the last of `tokens`, which joins them on the device
+        too. With `mailbox`, what the mailbox holds from before the launch on, the pass awaits its one token.
+        """
+        host, args = self._host_memory(), self._args
+        ids = check_query(Query(ids, np.float32(1)), self.config.vocab_size)
+        self._queried_ids[: len(ids)] = ids
+        args["candidates"] = host.results.ctypes.data
+        args["num_queried"], args["append"] = len(ids), append
+        for row, inverse_temperature in inverse_temperatures.items():
+            args["inverse_temperature"][row] = inverse_temperature
+        if mailbox is not None:
+            host.mailbox[0] = mailbox
+            tokens, append = np.array([AWAITED]), bool(mailbox >> 63)
+        try:
+            self._run(tokens, start, list(inverse_temperatures))
+        finally:
+            args["candidates"] = 0
+        return {row: self._assemble(row, host, len(ids) + append) for row in inverse_temperatures}
+
+    def _assemble(self, row: int, host: HostMemory, num_queried: int) -> Candidates:
+        packets = host.results[row, : self.blocks * LISTED + num_queried]
+        if (packets["tag"] != self._pass).any():
+            raise SimError(f"row {row}: {(packets['tag'] != self._pass).sum()} results are missing")
+        inverse_temperature = self._args["inverse_temperature"][row]
+        fetched = self._logits[row].copy()
+        return assemble(packets, num_queried, inverse_temperature, self.config.vocab_size, fetched.copy)
+
+    def _run(self, tokens: np.ndarray, start: int, wanted: list[int]) -> None:
         self._pass += 1
         args = self._args
         args["pass"] = self._pass
@@ -302,7 +386,8 @@ class SimDecoder:
             raise GenerationError(f"a wait gave up: {self.status}")
         if self.status["non_finite"] == self._pass:
             raise GenerationError("non-finite logits")
-        return self._logits[wanted].copy()
+        if self.status["no_token"] == self._pass:
+            raise NoTokenError("no token came")
 
     def replay(
         self, tokens: np.ndarray, start: int, words: np.ndarray

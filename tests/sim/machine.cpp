@@ -213,7 +213,8 @@ bool Machine::idle() {
         show_some_store();
         return true;
     }
-    if (pollers_.empty() || ++idle_rounds_ > (options_.give_up ? 10000 : 8)) {
+    // A fetching lane looks whether its block leaves in every 64th poll, and makes four in a round.
+    if (pollers_.empty() || ++idle_rounds_ > (options_.give_up ? 10000 : 32)) {
         error_ = "deadlock: " + who_waits();
         return false;
     }

@@ -44,7 +44,7 @@ struct Options {
     uint8_t* sent;
 };
 
-struct Words {  // a value of 4 or 16 bytes
+struct Words {  // a value of 4, 8 or 16 bytes
     uint32_t word[4];
 };
 

@@ -1,6 +1,7 @@
 // The host twin of cuda/ptx.cuh: the same functions with the same contracts, on the simulated device.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -124,6 +125,17 @@ inline float divide_approx(float x, float y) {
     return x / y;
 }
 
+inline uint32_t warp_min(uint32_t x, SIM_SITE) {
+    sim::Lane& lane = sim::machine.lane();
+    lane.operand[0] = x;
+    sim::machine.meet(sim::ALL_LANES, {"warp_min", file, line}, [](sim::Warp& warp) {
+        uint32_t least = 0xffffffff;
+        for (const sim::Lane* one : warp.lanes) least = std::min(least, one->operand[0]);
+        for (sim::Lane* one : warp.lanes) one->result[0] = least;
+    });
+    return lane.result[0];
+}
+
 inline void copy_async_16(void* shared, const void* global) {
     sim::machine.copy_async(static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global));
 }
@@ -188,6 +200,10 @@ inline void store_relaxed_shared(uint32_t* p, uint32_t v) {
     sim::machine.store_shared(p, v);
 }
 
+inline void set_bits_shared(uint32_t* p, uint32_t bits) {
+    sim::machine.store_shared(p, *p | bits);
+}
+
 inline void trap(SIM_SITE) {
     sim::machine.fail({"trap", file, line}, "the kernel ended itself");
 }
@@ -207,6 +223,19 @@ inline uint32_t load_relaxed_32(const uint32_t* p, SIM_SITE) {
 
 inline void store_relaxed_32(uint32_t* p, uint32_t v) {
     sim::machine.store(p, {{v}}, 1);
+}
+
+inline uint64_t load_relaxed_system_64(const uint64_t* p, SIM_SITE) {
+    const sim::Words v = sim::machine.load(p, 2, {"load_relaxed_system_64", file, line});
+    return v.word[0] | static_cast<uint64_t>(v.word[1]) << 32;
+}
+
+inline void store_relaxed_system_128(uint4* p, uint4 v) {
+    store_relaxed_128(p, v);
+}
+
+inline void store_relaxed_system_32(uint32_t* p, uint32_t v) {
+    store_relaxed_32(p, v);
 }
 
 // Moves in steps of 1.024 microseconds, as the device's does.

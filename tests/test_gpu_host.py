@@ -1,0 +1,289 @@
+"""GPUDecoder's side of passes that leave candidates, with a thread in the place of the device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from queue import Queue
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from comparison import check_candidates, query
+
+from ffmini import gpu
+from ffmini.candidates import MAX_QUERIED, Candidates, Query
+from ffmini.errors import DeviceError, GenerationError
+from ffmini.kernel import AWAITED, LISTED, MAIL_APPEND, MAIL_LEAVE, PASS_ARGS
+from ffmini.results import NO_ENTRY, HostMemory
+
+VOCAB, BLOCKS, MAX_SEQ_LEN = 300, 3, 40
+
+
+def logits_of_pass(token: int, position: int) -> np.ndarray:
+    """What the model of these tests says of `token` at `position`: float32 [VOCAB], some of them equal."""
+    values = np.random.default_rng([token, position]).standard_normal(VOCAB) * 3
+    return (values.round(1) + 0.0).astype(np.float32)
+
+
+def list_candidates(logits: np.ndarray, ids: np.ndarray, inverse_temperature: float, packets: Any) -> None:
+    """Fills a row's packets as the device does, but for the tags."""
+    bits = logits.view(np.uint32)
+    ranks = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF)).astype(np.uint64)
+    entries = ranks << np.uint64(32) | np.arange(len(logits), dtype=np.uint64)
+    owner, others = np.arange(len(logits)) // 16 % BLOCKS, np.ones(len(logits), bool)
+    others[ids] = False
+    for block in range(BLOCKS):
+        own = np.flatnonzero((owner == block) & others)
+        place = packets[block * LISTED : (block + 1) * LISTED]
+        place["entry"], place["value"] = NO_ENTRY, 0
+        place["entry"][: len(own)] = np.sort(entries[own])[:LISTED]
+        if len(own):
+            place["value"] = np.exp((logits[own] - logits[own].max()) * inverse_temperature).sum()
+    packets["value"][BLOCKS * LISTED :][: len(ids)] = logits[ids]
+
+
+class Device(threading.Thread):
+    """Runs passes one after the other, as they were launched."""
+
+    def __init__(self, host: HostMemory) -> None:
+        super().__init__(daemon=True)
+        self.host, self.ids, self.queue = host, np.zeros(MAX_QUERIED, np.int32), Queue()
+        self.log: list[tuple[int, str]] = []  # of each pass: its first position, how it went
+        self.trouble: str | None = None  # of the next pass
+        self.ended = 0
+        self.row: np.ndarray | None = None  # logits of the last pass
+
+    def run(self) -> None:
+        while (args := self.queue.get()) is not None:
+            outcome = self.run_pass(args)
+            self.log.append((int(args["rows"]["position"][0]), outcome))
+            self.ended = int(args["pass"])
+            self.queue.task_done()
+
+    def run_pass(self, args: np.ndarray) -> str:
+        number, row = int(args["pass"]), int(args["num_rows"]) - 1
+        token, append = int(args["rows"]["token"][row]), bool(args["append"])
+        if token == AWAITED:
+            end = time.perf_counter() + 1e-9 * float(args["token_limit_ns"])
+            while (mail := int(self.host.mailbox[0])) & 0xFFFFFFFF != number:
+                if time.perf_counter() > end:
+                    self.host.status["no_token"] = number
+                    return "no token"
+                time.sleep(1e-4)
+            token, append = (mail >> 32) % MAIL_APPEND, bool(mail >> 63)
+            if token == MAIL_LEAVE:
+                return "left"
+        trouble, self.trouble = self.trouble, None
+        if trouble == "gave up":
+            self.host.status["stage"], self.host.status["gave_up"] = 8, number
+        if trouble is not None and trouble != "non-finite":
+            return trouble
+        self.row = logits_of_pass(token, int(args["rows"]["position"][row]))
+        if trouble == "non-finite":
+            self.row[7] = np.nan
+        if args["candidates"]:
+            known = int(args["num_queried"])
+            if append:
+                self.ids[known] = token
+            packets = self.host.results[row]
+            ids = self.ids[: known + append]
+            list_candidates(self.row, ids, float(args["inverse_temperature"][row]), packets)
+            packets["tag"][: BLOCKS * LISTED + len(ids)] = number
+        return "awaited" if int(args["rows"]["token"][row]) == AWAITED else "plain"
+
+
+class HostSide(gpu.GPUDecoder):
+    """GPUDecoder whose passes run on a Device."""
+
+    def __init__(self, token_seconds: float = 1.0) -> None:
+        self.config: Any = SimpleNamespace(vocab_size=VOCAB, num_layers=2)
+        self.max_seq_len, self.device = MAX_SEQ_LEN, "cuda:0"
+        packets = SimpleNamespace(fill=lambda value: None)
+        self._builds: Any = {rows: SimpleNamespace(blocks=BLOCKS, exchange=packets) for rows in (1, 4)}
+        self._pass = self._checked = self._listed = 0
+        self._gave_up: Any = np.zeros(1, np.uint32)
+        self._waiting, self._closed = None, False
+        self._queried_ids = np.zeros(0, np.int32)
+        memory = np.zeros(HostMemory.nbytes(4, BLOCKS), np.uint8)
+        self._host = HostMemory.inside(memory, 4, BLOCKS)
+        self._args = np.zeros((), PASS_ARGS)
+        self._args["spin_limit_ns"], self._args["token_limit_ns"] = 10**9, int(token_seconds * 1e9)
+        self.fake = Device(self._host)
+        self._device_ids: Any = IdsOnDevice(self.fake)
+        self._ends = [SimpleNamespace(ptr=i, record=lambda: None) for i in range(2)]
+        stream = SimpleNamespace(synchronize=self.fake.queue.join)
+        runtime = SimpleNamespace(eventQuery=self.query, CUDARuntimeError=RuntimeError)
+        self._cupy: Any = SimpleNamespace(
+            cuda=SimpleNamespace(get_current_stream=lambda: stream, runtime=runtime)
+        )
+        self.launched: dict[int, int] = {}  # of each event, the pass that it was recorded behind
+        self.fake.start()
+
+    def query(self, event: int) -> int:
+        return 0 if self.fake.ended >= self.launched[event] else gpu.NOT_READY
+
+    def _on_device(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _launch(self, number: int, rows: int, tokens: np.ndarray, start: int, wanted: int) -> None:
+        args = self._args
+        args["pass"], args["num_rows"], args["logits_rows"] = number, len(tokens), wanted
+        args["rows"]["token"][: len(tokens)] = tokens
+        args["rows"]["position"][: len(tokens)] = np.arange(start, start + len(tokens))
+        self.launched[number % 2] = number
+        self.fake.queue.put(args.copy())
+
+    def finish(self, wanted: int = 0) -> np.ndarray:
+        self._check_status()
+        return self.fake.row[None].copy() if wanted else np.zeros((0, VOCAB), np.float32)
+
+    def outcomes(self) -> list[tuple[int, str]]:
+        """How the passes went so far."""
+        self.settle()
+        self.fake.queue.join()
+        return self.fake.log
+
+
+class IdsOnDevice:
+    """The array of queried ids, which can be set after the passes that were launched before."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.uploads = device, 0
+
+    def __getitem__(self, key: slice) -> SimpleNamespace:
+        return SimpleNamespace(set=lambda ids: self.write(key, ids))
+
+    def write(self, key: slice, ids: np.ndarray) -> None:
+        self.device.queue.join()
+        self.device.ids[key] = ids
+        self.uploads += 1
+
+
+def check(found: Candidates, token: int, position: int, asked: Query) -> None:
+    """`found` is what the pass of `token` at `position` says; its logits are not fetched from a device."""
+    logits = logits_of_pass(token, position)
+    found = dataclasses.replace(found, fetch=logits.copy)
+    check_candidates(found, logits, asked.token_ids, float(1 / asked.inverse_temperature))
+
+
+def test_tokens_one_after_the_other() -> None:
+    """Each token goes to the pass that waits for it, and joins the queried ids; none waits at the end."""
+    decoder, ids = HostSide(), [3, 5]
+    check(decoder.candidates(np.arange(1, 7), 0, query(ids), ahead=True), 6, 5, query(ids))
+    for position in range(6, MAX_SEQ_LEN):
+        token = 7 * position
+        if token not in ids and position % 3:
+            ids.append(token)
+        found = decoder.candidates(np.array([token]), position, query(ids), ahead=True)
+        check(found, token, position, query(ids))
+    assert decoder._waiting is None
+    plain = [(0, "plain"), (4, "plain")]
+    assert decoder.outcomes() == plain + [(position, "awaited") for position in range(6, MAX_SEQ_LEN)]
+    assert decoder._device_ids.uploads == 1
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_other_calls_than_the_awaited_one(ahead: bool) -> None:
+    """Another position, temperature, number of tokens or set of ids: the waiting pass leaves."""
+    decoder = HostSide()
+    calls = [(5, query([])), (6, query([], 0.5)), (5, query([], 0.5)), (6, query([9, 8], 0.5))]
+    calls += [(7, query([8], 0.5)), (8, query([8, 8 + 50], 0.5))]
+    for position, asked in calls:
+        check(
+            decoder.candidates(np.array([position + 50]), position, asked, ahead),
+            position + 50,
+            position,
+            asked,
+        )
+    check(decoder.candidates(np.array([1, 2]), 9, query([]), ahead), 2, 10, query([]))
+    outcomes = [outcome for _, outcome in decoder.outcomes()]
+    assert outcomes.count("awaited") == ahead and outcomes.count("left") == 6 * ahead
+
+
+def test_a_late_token() -> None:
+    """The waiting pass has left when the token comes, or just before: the pass is launched again."""
+    decoder = HostSide(token_seconds=0.1)
+    for position in range(8):
+        found = decoder.candidates(np.array([position]), position, query([1]), ahead=True)
+        check(found, position, position, query([1]))
+        time.sleep((0, 0.099, 0.101, 0.2)[position % 4])
+    assert {outcome for _, outcome in decoder.outcomes()} >= {"plain", "awaited", "no token"}
+
+
+def test_a_pass_that_lost_its_token_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delivered when the pass has already left: no error, and its ids are as asked."""
+    decoder = HostSide(token_seconds=0.0)
+    decoder.candidates(np.array([4]), 0, query([1]), ahead=True)
+    decoder.fake.queue.join()
+    no_token, decoder._host.status["no_token"] = decoder._host.status["no_token"].copy(), 0
+
+    def show(event: int) -> int:
+        decoder._host.status["no_token"] = no_token
+        return gpu.NOT_READY
+
+    monkeypatch.setattr(decoder._cupy.cuda.runtime, "eventQuery", show)
+    asked = query([1, 6])
+    check(decoder.candidates(np.array([6]), 1, asked, ahead=True), 6, 1, asked)
+
+
+def test_plain_passes_between() -> None:
+    """forward() and settle() make a waiting pass leave; an answer's logits are not those of a later pass."""
+    decoder = HostSide()
+    first = decoder.candidates(np.array([4]), 0, query([1]), ahead=True)
+    assert np.array_equal(decoder.forward(np.array([9]), 1)[0], logits_of_pass(9, 1))
+    with pytest.raises(ValueError, match="an earlier one asked for"):
+        first.fetch()
+    decoder.candidates(np.array([4]), 2, query([1]), ahead=True)
+    decoder.settle()
+    decoder.settle()
+    check(decoder.candidates(np.array([5]), 3, query([1])), 5, 3, query([1]))
+    assert [outcome for _, outcome in decoder.outcomes()] == [
+        "plain",
+        "left",
+        "plain",
+        "plain",
+        "left",
+        "plain",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error", "match"),
+    [
+        ("gave up", GenerationError, "gave up after 1 s: layer 1, norm_qkv"),
+        ("non-finite", GenerationError, "non-finite"),
+        ("ended", DeviceError, "left no results"),
+    ],
+)
+@pytest.mark.parametrize("awaited", [True, False])
+def test_trouble(trouble: str, error: type[Exception], match: str, awaited: bool) -> None:
+    """Nothing hangs; the decoder goes on afterwards, as do passes that were queued by launch()."""
+    decoder = HostSide()
+    decoder.candidates(np.array([4]), 0, query([1]), ahead=awaited)
+    decoder.fake.trouble = trouble
+    with pytest.raises(error, match=match):
+        decoder.candidates(np.array([6]), 1, query([1, 6]), ahead=True)
+    decoder.launch(1, np.array([6]), 1, 0)
+    check(decoder.candidates(np.array([6]), 1, query([1, 6]), ahead=True), 6, 1, query([1, 6]))
+
+
+def test_the_numbers_run_out() -> None:
+    decoder = HostSide()
+    last = (2**32 - 1 - 2) // 3
+    decoder._pass = decoder._checked = last - 9
+    for position in range(20):
+        found = decoder.candidates(np.array([position]), position, query([]), ahead=True)
+        check(found, position, position, query([]))
+    assert decoder._pass < 30
+
+
+def test_bad_queries() -> None:
+    decoder = HostSide()
+    with pytest.raises(ValueError, match=r"queried ids must be in \[0, 300\), found 2 to 300"):
+        decoder.candidates(np.array([1]), 0, query([2, 300]))
+    with pytest.raises(ValueError, match=r"expected at most 1024 queried ids \[n\], found \[1025\]"):
+        decoder.candidates(np.array([1]), 0, query(list(range(1025))))
