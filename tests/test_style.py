@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules before it; what stands on one line is independent of each other.
 CHAIN = [
-    {"errors", "numerics", "layout", "passes"},
+    {"errors", "numerics", "layout", "passes", "candidates"},
     {"memory", "resources", "config"},
     {"checkpoint", "rope", "quant"},
     {"packing"},
