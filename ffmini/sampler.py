@@ -115,14 +115,14 @@ def survivors(
     return weights if decided else None
 
 
-def draw(ids: np.ndarray, weights: np.ndarray, uniform: float) -> int:
-    """The token of `ids` [n] at which the running sum of `weights` [n] passes `uniform` times the total.
+def draw(weights: np.ndarray, uniform: float) -> int:
+    """The index at which the running sum of `weights` [n] passes `uniform` times their total.
 
-    `uniform` is in [0, 1); a token without weight is never taken.
+    `uniform` is in [0, 1); an index without weight is never taken.
     """
     reached = weights.cumsum()
     # The largest uniform is 1 - 2**-53: its product with the total, rounded, is still below the total.
-    return int(ids[reached.searchsorted(uniform * reached[-1], side="right")])
+    return int(reached.searchsorted(uniform * reached[-1], side="right"))
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -288,7 +288,7 @@ class Sampler:
         if self._options.temperature == 0:
             return int(scores.argmax())
         if not self._truncates:
-            return draw(np.arange(len(scores)), weigh(scores, top, self._inverse_temperature), uniform)
+            return draw(weigh(scores, top, self._inverse_temperature), uniform)
         total = 0.0
         if self._needs_total and altered is None:
             total = float(weigh(scores, top, self._inverse_temperature).sum())
@@ -306,9 +306,8 @@ class Sampler:
         weights = survivors(ranking, self._options, self._inverse_temperature, total)
         if weights is None:
             return None
-        ids = ranking.ids[: len(weights)]
-        order = ids.argsort()
-        return draw(ids[order], weights[order], uniform)
+        order = ranking.ids[: len(weights)].argsort()
+        return int(ranking.ids[order[draw(weights[order], uniform)]])
 
     def _total(self, candidates: Candidates, altered: np.ndarray, top: np.float32) -> float:
         """The weight of the whole vocabulary: of the others as the decoder says, and of `altered`."""
