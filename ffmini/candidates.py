@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_QUERIED = 1024  # token ids in a Query
+MAX_LISTED = 1024  # ids in the Candidates that `summarise` makes
+_BLOCKS_PER_PICK = 4  # `largest` bounds the k-th value well with so many block maxima per element asked for
 
 
 @dataclass(frozen=True)
@@ -33,3 +35,41 @@ class Candidates:
     complete: bool  # ids holds all others
     total: float  # sum over all others of exp((logit - logits[0]) * inverse_temperature); 0 if there are none
     fetch: Callable[[], np.ndarray]  # all logits, float32 [vocab_size]; only until the decoder's next pass
+
+
+def largest(values: np.ndarray, k: int) -> np.ndarray:
+    """Indices [min(k, n)] of the largest of `values` [n], in descending order, of equals the lower first."""
+    count = len(values)
+    if k <= 0:
+        return np.empty(0, np.intp)
+    if k >= count:
+        return np.argsort(-values, kind="stable")
+    width = count // (_BLOCKS_PER_PICK * k)
+    if width >= 2:
+        # k blocks have a maximum of at least this bound, so k values do: nothing below it can be wanted.
+        blocks = count // width
+        tops = values[: width * blocks].reshape(width, blocks).max(axis=0)
+        bound = np.partition(tops, blocks - k)[blocks - k]
+    else:
+        bound = np.partition(values, count - k)[count - k]
+    near = np.flatnonzero(values >= bound)
+    return near[np.argsort(-values[near], kind="stable")[:k]]
+
+
+def summarise(logits: np.ndarray, query: Query) -> Candidates:
+    """The Candidates of a row with finite `logits` (float32 [vocab_size]); at most MAX_LISTED ids.
+
+    Every decoder says the same, but for how many ids it lists and how it rounds the total, here in double.
+    """
+    queried = logits[query.token_ids]
+    count = len(logits) - len(queried)  # of the others
+    others = logits.copy()
+    others[query.token_ids] = -np.inf  # below every other, and of no weight
+    ids = largest(others, min(count, MAX_LISTED)).astype(np.int64)
+    total = 0.0
+    if count:
+        weights = others.astype(np.float64)
+        weights -= logits[ids[0]]
+        weights *= query.inverse_temperature
+        total = float(np.exp(weights, out=weights).sum())
+    return Candidates(queried, ids, logits[ids], len(ids) == count, total, lambda: logits)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from .candidates import Candidates, Query, summarise
 from .errors import GenerationError, MemoryBudgetError
 from .layout import MatrixLayout, ceil_div
 from .memory import available_memory
@@ -187,6 +188,16 @@ class CPUDecoder:
         if not np.isfinite(result).all():
             raise GenerationError("non-finite logits: finite numbers expected from every pass")
         return result
+
+    def candidates(self, tokens: np.ndarray, start: int, query: Query, ahead: bool = False) -> Candidates:
+        """Run tokens [R] like `forward` and say of the last row's logits what `query` asks.
+
+        `ahead` hints that another token may follow at once; on the CPU nothing can be done in advance.
+        """
+        return summarise(self.forward(tokens, start)[0].astype(np.float32), query)
+
+    def settle(self) -> None:
+        """End what `ahead` may have begun: nothing, on the CPU."""
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """Token ids [R] -> the residual stream x [R, hidden_size]."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import gpu
+from .candidates import Candidates, Query
 from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
 from .convert import pack_checkpoint
@@ -104,10 +105,12 @@ class StopFilter:
 class _Run:
     """One generation under way: the loop of pass, sample, decode, taken one token at a time."""
 
-    def __init__(self, model: Model, prompt: np.ndarray, options: GenerationOptions) -> None:
+    def __init__(self, model: Model, prompt: np.ndarray, options: GenerationOptions, ahead: bool) -> None:
+        """`ahead`: each step follows the one before at once, so the decoder may begin passes in advance."""
         self.finish_reason: str | None = None
         self._model = model  # not its decoder: a run that is kept must not keep the weights
         self._prompt = prompt
+        self._ahead = ahead
         self._budget = min(options.max_new_tokens, model.max_seq_len - len(prompt))
         self._sampler = Sampler(options, prompt, model.config.eos_token_ids, model.config.vocab_size)
         self._pieces = model.tokenizer.stream(prompt.tolist())
@@ -121,9 +124,9 @@ class _Run:
 
     def step(self) -> str:
         """Make one more token; returns the text that can be shown now. Not to be called after the finish."""
-        logits = self._next_logits()
+        candidates = self._next_candidates()
         began = perf_counter()
-        token, logprobs = self._sampler.sample(logits)
+        token, logprobs = self._sampler.sample(candidates)
         self._tokens.append(token)
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(logprobs)
@@ -152,18 +155,19 @@ class _Run:
             seed=self._sampler.seed,
         )
 
-    def _next_logits(self) -> np.ndarray:
-        """Logits [vocab_size] after the prompt, or after the newest token."""
-        decoder = self._model._decoder
+    def _next_candidates(self) -> Candidates:
+        """What the pass of the prompt, or of the newest token, says to the sampler's query."""
         began = perf_counter()
-        if not self._tokens:
-            logits = _run_prompt(decoder, self._prompt)
+        decoder, query = self._model._decoder, self._sampler.query()
+        prompt, new = len(self._prompt), len(self._tokens)
+        ahead = self._ahead and new + 1 < self._budget
+        if new == 0:
+            candidates = _run_prompt(decoder, self._prompt, query, ahead)
             self._prompt_seconds = perf_counter() - began
         else:
-            newest = np.array(self._tokens[-1:])
-            logits = decoder.forward(newest, len(self._prompt) + len(self._tokens) - 1)
+            candidates = decoder.candidates(np.array(self._tokens[-1:]), prompt + new - 1, query, ahead)
             self._generation_seconds += perf_counter() - began
-        return logits[0]
+        return candidates
 
     def _show(self, token: int) -> str:
         """Text that becomes visible with `token`; sets finish_reason if it is the last one."""
@@ -263,9 +267,12 @@ class Model:
         ids, resolved = self._prompt_ids(prompt), self._resolve(options)
         with self._lock:
             self._require_free()
-            run = _Run(self, ids, resolved)
-            while run.finish_reason is None:
-                run.step()
+            run = _Run(self, ids, resolved, ahead=True)
+            try:
+                while run.finish_reason is None:
+                    run.step()
+            finally:
+                self._decoder.settle()
         return run.completion()
 
     def stream(self, prompt: Prompt, **options: Unpack[OptionsDict]) -> Stream:
@@ -273,7 +280,8 @@ class Model:
         ids, resolved = self._prompt_ids(prompt), self._resolve(options)
         with self._lock:
             self._require_free()
-            stream = Stream(self, _Run(self, ids, resolved))
+            # Not ahead: a reader that pauses would keep a pass waiting.
+            stream = Stream(self, _Run(self, ids, resolved, ahead=False))
             self._stream = weakref.ref(stream)
         return stream
 
@@ -470,12 +478,12 @@ def _say(text: str) -> None:
     print(f"ffmini: {text}", file=sys.stderr, flush=True)
 
 
-def _run_prompt(decoder: Decoder, ids: np.ndarray) -> np.ndarray:
-    """Logits (float32 [1, vocab_size]) after the token ids `ids` [n], n > 0."""
+def _run_prompt(decoder: Decoder, ids: np.ndarray, query: Query, ahead: bool) -> Candidates:
+    """What the passes of the token ids `ids` [n], n > 0, say to `query` of the logits after the last."""
     last = (len(ids) - 1) // PROMPT_CHUNK * PROMPT_CHUNK
     for start in range(0, last, PROMPT_CHUNK):
         decoder.forward(ids[start : start + PROMPT_CHUNK], start, "none")
-    return decoder.forward(ids[last:], last)
+    return decoder.candidates(ids[last:], last, query, ahead)
 
 
 _last_lock = threading.Lock()

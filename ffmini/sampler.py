@@ -1,24 +1,32 @@
-"""Picks the next token from the logits, with NumPy on the host.
+"""Picks the next token from what a pass says of its logits, with NumPy on the host.
 
 Order: repetition, presence and frequency penalty, logit_bias, the ban on ending before min_new_tokens,
 temperature, top_k, top_p, min_p, then one draw by the inverse of the distribution function over the
 surviving tokens in ascending order of id. Each emitted token, a greedy one too, uses up one number of
 PCG64(seed), so token i of a text always meets random number i, whatever the options and the device.
 Wherever tokens are equally likely the lower id wins.
+
+The logits after penalties, bias and bans are called scores. All truncation keeps a beginning of the ranking,
+which is the tokens by descending score. So the exact candidates often decide; where they do not, all logits
+are fetched, and the same steps on a longer ranking give the same token, bit for bit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
+from .candidates import MAX_QUERIED, Candidates, Query, largest
 from .errors import GenerationError
 from .options import GenerationOptions
 
-_BLOCKS_PER_PICK = 4  # `largest` bounds the k-th value well with so many block maxima per element asked for
-_FIRST_NUCLEUS = 64  # candidates that top_p looks at first; eight times as many whenever they don't suffice
+_FIRST_RANKED = (
+    64  # of all scores, where top_k does not say how many; eight times as many if they don't suffice
+)
 
 
 @dataclass(frozen=True)
@@ -30,76 +38,91 @@ class TokenLogprobs:
     top: dict[int, float]  # the most likely tokens, in descending order
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """The first tokens of a row by descending score, of equals the lower id first."""
+
+    ids: np.ndarray  # integers [m], m > 0
+    scores: np.ndarray  # float32 [m]
+    complete: bool  # no token is missing
+
+
 def draw_seed() -> int:
     """A fresh seed, short enough to be typed again."""
     return secrets.randbits(32)
 
 
-def largest(values: np.ndarray, k: int) -> np.ndarray:
-    """Indices [min(k, n)] of the largest of `values` [n], in descending order, of equals the lower first."""
-    count = len(values)
-    if k <= 0:
-        return np.empty(0, np.intp)
-    if k >= count:
-        return np.argsort(-values, kind="stable")
-    width = count // (_BLOCKS_PER_PICK * k)
-    if width >= 2:
-        # k blocks have a maximum of at least this bound, so k values do: nothing below it can be wanted.
-        blocks = count // width
-        tops = values[: width * blocks].reshape(width, blocks).max(axis=0)
-        bound = np.partition(tops, blocks - k)[blocks - k]
-    else:
-        bound = np.partition(values, count - k)[count - k]
-    near = np.flatnonzero(values >= bound)
-    return near[np.argsort(-values[near], kind="stable")[:k]]
+def rank(candidates: Candidates, ids: np.ndarray, scores: np.ndarray, wanted: int) -> Ranking:
+    """What the candidates tell of the ranking; `scores` [n] are those of the queried `ids` [n].
 
-
-def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Ascending indices of the smallest set of the largest `weights` [n] that holds top_p of their sum.
-
-    Like Hugging Face's warper: a token stays if those before it hold less than top_p; at least one stays.
+    It ends with the last exact candidate: others that are not known may come before a queried token after it.
+    No more than the first `wanted` exact candidates are looked at, so it has at least so many tokens if there
+    are so many candidates.
     """
-    target = top_p * weights.sum()
-    k = _FIRST_NUCLEUS
-    while True:
-        order = largest(weights, k)
-        reached = np.cumsum(weights[order])
-        keep = 1 + int(np.searchsorted(reached, target, side="left"))
-        if keep <= len(order) or len(order) == len(weights):
-            return np.sort(order[:keep])
-        k *= 8
+    others, logits, complete = candidates.ids, candidates.logits, candidates.complete
+    if wanted < len(others):
+        others, logits, complete = others[:wanted], logits[:wanted], False
+    if len(ids) == 0:
+        return Ranking(others, logits, complete)
+    if not complete:
+        near = np.flatnonzero(scores >= logits[-1])
+        if len(near) == 0:
+            return Ranking(others, logits, False)
+        ids, scores = ids[near], scores[near]
+    ids, scores = np.concatenate((others, ids)), np.concatenate((logits, scores))
+    order = np.lexsort((ids, -scores))
+    if not complete:
+        order = order[: int(np.flatnonzero(order == len(others) - 1)[0]) + 1]
+    return Ranking(ids[order], scores[order], complete)
 
 
-def distribution(scores: np.ndarray, options: GenerationOptions) -> tuple[np.ndarray, np.ndarray]:
-    """What temperature, top_k, top_p and min_p leave of `scores` (float32 [vocab_size], not all -inf).
+def weigh(scores: np.ndarray, top: np.float32, inverse_temperature: np.float32) -> np.ndarray:
+    """Unnormalised probabilities (float64 [n]) of `scores` [n]; one equal to `top` has 1."""
+    weights = scores.astype(np.float64)
+    weights -= top  # in place: for a whole vocabulary fresh memory costs more than the arithmetic
+    weights *= inverse_temperature  # as a float32, which is what the decoder's normaliser has
+    return np.exp(weights, out=weights)
 
-    Returns the surviving token ids, ascending, and their unnormalised probabilities (float64), the most
-    likely token having 1. The temperature must be above 0.
+
+def survivors(
+    ranking: Ranking, options: GenerationOptions, inverse_temperature: np.float32, total: float
+) -> np.ndarray | None:
+    """What top_k, top_p and min_p leave: weights (float64 [n]) of the first n tokens of the ranking.
+
+    `total` is the weight of the whole vocabulary, the most likely token having 1; top_p needs it where
+    top_k is 0. None if the ranking is not long enough to tell; it is if it is complete, or
+    - for top_k, if it has so many tokens;
+    - for top_p, if their weight reaches top_p of the total, which after top_k is the sum over the k tokens;
+    - for min_p, if its last token has less than that.
+    A token stays in top_p if those before it hold less than top_p, as in Hugging Face's warper.
     """
-    ids = np.arange(len(scores))
-    if 0 < options.top_k < len(scores):
-        ids = np.sort(largest(scores, options.top_k))
-        scores = scores[ids]
-    wide = scores.astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature: -inf is meant
-        weights = np.exp((wide - wide.max()) / options.temperature)
+    k = options.top_k
+    scores = ranking.scores[:k] if k else ranking.scores
+    decided = ranking.complete or 0 < k == len(scores)
+    weights = weigh(scores, scores[0], inverse_temperature)
     if options.top_p < 1:
-        keep = nucleus(weights, options.top_p)
-        ids, weights = ids[keep], weights[keep]
+        if k and not decided:
+            return None
+        reached = weights.cumsum()
+        target = options.top_p * (reached[-1] if k else total)
+        keep = 1 + int(reached.searchsorted(target, side="left"))
+        decided |= keep <= len(weights)
+        weights = weights[:keep]
     if options.min_p > 0:
-        keep = weights >= options.min_p
-        ids, weights = ids[keep], weights[keep]
-    return ids, weights
+        unlikely = np.flatnonzero(weights < options.min_p)
+        if len(unlikely):
+            decided, weights = True, weights[: unlikely[0]]
+    return weights if decided else None
 
 
-def draw(ids: np.ndarray, weights: np.ndarray, uniform: float) -> int:
-    """The token of `ids` [n] at which the running sum of `weights` [n] passes `uniform` times the total.
+def draw(weights: np.ndarray, uniform: float) -> int:
+    """The index at which the running sum of `weights` [n] passes `uniform` times their total.
 
-    `uniform` is in [0, 1); a token without weight is never taken.
+    `uniform` is in [0, 1); an index without weight is never taken.
     """
-    reached = np.cumsum(weights)
+    reached = weights.cumsum()
     # The largest uniform is 1 - 2**-53: its product with the total, rounded, is still below the total.
-    return int(ids[np.searchsorted(reached, uniform * reached[-1], side="right")])
+    return int(reached.searchsorted(uniform * reached[-1], side="right"))
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -108,8 +131,80 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum())
 
 
+class Alterations:
+    """The tokens whose logits the options change, and how: penalties, bias and the ban on ending early."""
+
+    def __init__(
+        self, options: GenerationOptions, prompt: np.ndarray, end_token_ids: frozenset[int], vocab_size: int
+    ) -> None:
+        self._options = options
+        self._slots: dict[int, int] = {}  # where in the arrays below a token is
+        self._ids = np.empty(vocab_size, np.int32)
+        self._seen = np.zeros(vocab_size, bool)  # in prompt or text
+        self._penalties = np.zeros(vocab_size, np.float32)  # presence and frequency
+        self._counts: Counter[int] = Counter()  # of tokens in the text
+        self._emitted = 0
+        self._repeats = options.repetition_penalty != 1
+        self._subtracts = options.presence_penalty != 0 or options.frequency_penalty != 0
+        self._biases = np.array(list(options.logit_bias.values()), np.float32)
+        for token in options.logit_bias:  # the first slots
+            self._slot(token)
+        early = sorted(t for t in end_token_ids if t < vocab_size) if options.min_new_tokens else []
+        self._banned_at_first = np.array([self._slot(token) for token in early], np.intp)
+        if self._repeats:
+            for token in np.unique(prompt).tolist():
+                self._seen[self._slot(token)] = True
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The tokens (int32 [n], distinct); only the text's newest token is ever added, at the end."""
+        return self._ids[: len(self._slots)]
+
+    def apply(self, logits: np.ndarray) -> np.ndarray:
+        """The scores (float32 [n]) of the tokens `ids` [n], given their logits."""
+        scores, count = logits, len(logits)
+        if self._repeats:
+            penalty = np.float32(self._options.repetition_penalty)
+            penalised = np.where(scores < 0, scores * penalty, scores / penalty)
+            scores = np.where(self._seen[:count], penalised, scores)
+        if self._subtracts:
+            scores = scores - self._penalties[:count]
+        if len(self._biases) or len(self._banned_at_first):
+            scores = scores.copy()
+            scores[: len(self._biases)] += self._biases
+            if self._emitted < self._options.min_new_tokens:
+                scores[self._banned_at_first] = -np.inf
+        return scores
+
+    def note(self, token: int) -> bool:
+        """The text has got one more token; returns whether it is new to `ids`."""
+        self._emitted += 1
+        if not (self._repeats or self._subtracts):
+            return False
+        known = len(self._slots)
+        slot = self._slot(token)
+        self._seen[slot] = True
+        self._counts[token] += 1
+        options, count = self._options, self._counts[token]
+        self._penalties[slot] = options.presence_penalty + options.frequency_penalty * count
+        return slot == known
+
+    def _slot(self, token: int) -> int:
+        """The place of `token`, a new one at the end if it has none."""
+        slot = self._slots.setdefault(token, len(self._slots))
+        self._ids[slot] = token
+        return slot
+
+
 class Sampler:
-    """Picks the tokens of one text, one `sample` call each."""
+    """Picks the tokens of one text: `query` before each pass, `sample` after it.
+
+    The exact candidates of a pass suffice for greedy decoding, and for top_k, top_p and min_p as `survivors`
+    says. All logits are fetched if they do not, for a temperature without truncation unless the candidates
+    are complete, if logprobs are asked for, and if more than MAX_QUERIED tokens are altered. In the last case
+    nothing is queried, and top_p's total is the float64 sum over all weights in ascending order of id;
+    else it is always the decoder's total plus the float64 sum over the queried tokens in their order.
+    """
 
     def __init__(
         self, options: GenerationOptions, prompt: np.ndarray, eos_token_ids: tuple[int, ...], vocab_size: int
@@ -118,55 +213,118 @@ class Sampler:
         self.seed = draw_seed() if options.seed is None else options.seed
         eos = () if options.ignore_eos else eos_token_ids
         self.end_token_ids = frozenset((*eos, *options.stop_token_ids))
+        if options.top_k >= vocab_size:
+            options = dataclasses.replace(options, top_k=0)
         self._options = options
         self._random = np.random.Generator(np.random.PCG64(self.seed))
-        self._emitted = 0
-        self._seen = np.zeros(vocab_size, bool)  # in prompt or text
-        self._seen[prompt] = True
-        self._counts = np.zeros(vocab_size, np.int32)  # in the text
-        self._bias_ids = np.array(list(options.logit_bias), np.intp)
-        self._biases = np.array(list(options.logit_bias.values()), np.float32)
-        self._banned_at_first = np.array([t for t in self.end_token_ids if t < vocab_size], np.intp)
+        self._alterations = Alterations(options, prompt, self.end_token_ids, vocab_size)
+        self._inverse_temperature = np.float32(1)
+        if options.temperature > 0:
+            # Below about 3e-39 the inverse is no float32; the largest one is as good as greedy.
+            largest_float = float(np.finfo(np.float32).max)
+            self._inverse_temperature = np.float32(min(1 / options.temperature, largest_float))
+        self._truncates = options.top_k > 0 or options.top_p < 1 or options.min_p > 0
+        self._needs_total = options.top_k == 0 and options.top_p < 1
+        self._update_query()
 
-    def sample(self, logits: np.ndarray) -> tuple[int, TokenLogprobs | None]:
-        """The next token from finite `logits` (float32 [vocab_size]), with its logprobs if asked for.
+    def query(self) -> Query:
+        """What the next pass is to say of its logits."""
+        return self._query
+
+    def sample(self, candidates: Candidates) -> tuple[int, TokenLogprobs | None]:
+        """The next token from what a pass said to `query`, with its logprobs if asked for.
 
         Raises GenerationError if bias and bans leave no token.
         """
-        scores = self.processed(logits)
         uniform = self._random.random()
-        best = int(scores.argmax())
-        if scores[best] == -np.inf:
-            raise GenerationError("logit_bias and min_new_tokens leave no token to choose")
-        token = best
-        if self._options.temperature > 0:
-            token = draw(*distribution(scores, self._options), uniform)
-        self._emitted += 1
-        self._seen[token] = True
-        self._counts[token] += 1
+        altered = token = scores = None
+        if not self._is_overfull:
+            altered = self._alterations.apply(candidates.queried)
+            token = self._from_candidates(candidates, altered, uniform)
+        if token is None or self._options.logprobs is not None:
+            scores = self.processed(candidates.fetch())
+        if token is None:
+            token = self._from_scores(scores, candidates, altered, uniform)
+        if self._alterations.note(token):
+            self._update_query()
         return token, self._logprobs(scores, token)
 
     def processed(self, logits: np.ndarray) -> np.ndarray:
-        """`logits` [vocab_size] after penalties, bias and the ban on ending early: float32, a copy."""
-        options = self._options
-        scores = logits.astype(np.float32)
-        if options.repetition_penalty != 1:
-            ids = np.flatnonzero(self._seen)
-            old = scores[ids]
-            penalty = np.float32(options.repetition_penalty)
-            scores[ids] = np.where(old < 0, old * penalty, old / penalty)
-        if options.presence_penalty != 0 or options.frequency_penalty != 0:
-            ids = np.flatnonzero(self._counts)
-            penalties = options.presence_penalty + options.frequency_penalty * self._counts[ids]
-            scores[ids] -= penalties.astype(np.float32)
-        scores[self._bias_ids] += self._biases
-        if self._emitted < options.min_new_tokens:
-            scores[self._banned_at_first] = -np.inf
+        """The scores (float32 [vocab_size], a copy) of `logits` [vocab_size]."""
+        scores, ids = logits.astype(np.float32), self._alterations.ids
+        scores[ids] = self._alterations.apply(scores[ids])
         return scores
 
-    def _logprobs(self, scores: np.ndarray, token: int) -> TokenLogprobs | None:
-        if self._options.logprobs is None:
+    def _update_query(self) -> None:
+        ids = self._alterations.ids
+        self._is_overfull = len(ids) > MAX_QUERIED
+        self._query = Query(ids[:0] if self._is_overfull else ids, self._inverse_temperature)
+
+    def _from_candidates(self, candidates: Candidates, altered: np.ndarray, uniform: float) -> int | None:
+        """The token, given the scores `altered` [n] of what was queried; None if they don't decide."""
+        options, ids = self._options, self._query.token_ids
+        if options.temperature == 0:
+            ranking = rank(candidates, ids, altered, 1)
+            _require_choice(ranking.scores[0])
+            return int(ranking.ids[0])
+        if not (self._truncates or candidates.complete):
+            return None
+        count = options.top_k or _FIRST_RANKED
+        while True:
+            ranking = rank(candidates, ids, altered, count)
+            _require_choice(ranking.scores[0])
+            total = self._total(candidates, altered, ranking.scores[0]) if self._needs_total else 0.0
+            token = self._pick(ranking, total, uniform)
+            if token is not None or count >= len(candidates.ids):
+                return token
+            count *= 8
+
+    def _from_scores(
+        self, scores: np.ndarray, candidates: Candidates, altered: np.ndarray | None, uniform: float
+    ) -> int:
+        """The token, given all `scores` [vocab_size]; `altered` is None if nothing was queried."""
+        top = scores.max()
+        _require_choice(top)
+        if self._options.temperature == 0:
+            return int(scores.argmax())
+        if not self._truncates:
+            return draw(weigh(scores, top, self._inverse_temperature), uniform)
+        total = 0.0
+        if self._needs_total and altered is None:
+            total = float(weigh(scores, top, self._inverse_temperature).sum())
+        elif self._needs_total:
+            total = self._total(candidates, altered, top)
+        count, token = self._options.top_k or _FIRST_RANKED, None
+        while token is None:
+            ids = largest(scores, count)
+            token = self._pick(Ranking(ids, scores[ids], len(ids) == len(scores)), total, uniform)
+            count *= 8
+        return token
+
+    def _pick(self, ranking: Ranking, total: float, uniform: float) -> int | None:
+        """The token drawn from the survivors; None if the ranking is not long enough."""
+        weights = survivors(ranking, self._options, self._inverse_temperature, total)
+        if weights is None:
+            return None
+        order = ranking.ids[: len(weights)].argsort()
+        return int(ranking.ids[order[draw(weights[order], uniform)]])
+
+    def _total(self, candidates: Candidates, altered: np.ndarray, top: np.float32) -> float:
+        """The weight of the whole vocabulary: of the others as the decoder says, and of `altered`."""
+        total = float(weigh(altered, top, self._inverse_temperature).sum())
+        if len(candidates.logits):
+            total += candidates.total * float(weigh(candidates.logits[:1], top, self._inverse_temperature)[0])
+        return total
+
+    def _logprobs(self, scores: np.ndarray | None, token: int) -> TokenLogprobs | None:
+        if self._options.logprobs is None or scores is None:
             return None
         logprobs = log_softmax(scores)
         top = largest(scores, self._options.logprobs)
         return TokenLogprobs(token, float(logprobs[token]), {int(i): float(logprobs[i]) for i in top})
+
+
+def _require_choice(top: np.float32) -> None:
+    """Raise GenerationError if the highest score is that of a banned token."""
+    if top == -np.inf:
+        raise GenerationError("logit_bias and min_new_tokens leave no token to choose")

@@ -14,6 +14,7 @@ import pytest
 from tiny import tiny_config, tiny_prompt, write_checkpoint
 
 import ffmini.cpu
+from ffmini.candidates import Query
 from ffmini.convert import pack_checkpoint
 from ffmini.cpu import CPUDecoder, multiply, rms_norm, silu
 from ffmini.errors import GenerationError, MemoryBudgetError
@@ -258,6 +259,23 @@ def test_which_logits(make_model: MakeModel) -> None:
     decoder = make_decoder(packed)
     assert decoder.forward(tokens[:-1], 0, "none").shape == (0, 259)
     np.testing.assert_array_equal(decoder.forward(tokens[-1:], 149), everything[-1:])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float64"])
+def test_candidates_are_of_the_last_row(make_model: MakeModel, precision: str) -> None:
+    packed = make_model("llama2")
+    tokens = tiny_prompt(tiny_config("llama2"), 12)
+    logits = make_decoder(packed, precision=precision).forward(tokens, 0)[0].astype(np.float32)
+    queried = np.array([7, 3, 250], np.int32)
+    decoder = make_decoder(packed, precision=precision)
+    decoder.forward(tokens[:5], 0, "none")
+    for ahead in (False, True):
+        found = decoder.candidates(tokens[5:], 5, Query(queried, np.float32(2)), ahead)
+        decoder.settle()
+        assert found.queried.tolist() == logits[queried].tolist()
+        assert (found.fetch().dtype, found.fetch().tolist()) == (np.float32, logits.tolist())
+        order = [i for i in np.argsort(-logits, kind="stable") if i not in queried]
+        assert found.ids.tolist() == order and found.complete
 
 
 def test_a_sequence_can_be_cut_and_continued(make_model: MakeModel) -> None:

@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import ffmini
 from ffmini import gpu
 from ffmini import model as model_module
+from ffmini.candidates import summarise
 from ffmini.config import GenerationDefaults, parse_config
 from ffmini.convert import convert
 from ffmini.errors import BusyError, CheckpointError, DeviceError, GenerationError, UnsupportedError
@@ -80,6 +81,8 @@ class ScriptedDecoder:
         self.script = script
         self.prompt_length = prompt_length
         self.calls = []
+        self.ahead = []  # of each call of candidates
+        self.settled = 0
         self.fail_at = {}
         self.closed = False
         self._inside = threading.Lock()
@@ -99,6 +102,13 @@ class ScriptedDecoder:
             return {"last": out[-1:], "all": out, "none": out[:0]}[logits]
         finally:
             self._inside.release()
+
+    def candidates(self, tokens, start, query, ahead=False):
+        self.ahead.append(ahead)
+        return summarise(self.forward(tokens, start)[0], query)
+
+    def settle(self):
+        self.settled += 1
 
     def _next(self, position):
         if position + 1 < self.prompt_length:
@@ -227,6 +237,37 @@ def test_the_stop_filter_holds_back_no_more_than_it_must():
     stop_filter = StopFilter(["\n\nUser:"])
     shown = [stop_filter.push(piece) for piece in ("one\n", "\nUse", "ful\n", "x")]
     assert shown == ["one", "", "\n\nUseful", "\nx"]
+
+
+# ---- passes in advance ---------------------------------------------------------------------------------
+
+
+def test_generate_goes_ahead_while_another_token_may_follow(scripted):
+    model = scripted("hello")
+    assert model.generate("go", max_new_tokens=3).text == "hel"
+    assert (model._decoder.ahead, model._decoder.settled) == ([True, True, False], 1)
+    model = scripted("hello")
+    assert model.generate("go").text == "hello"  # which ends before the budget does
+    assert (model._decoder.ahead, model._decoder.settled) == ([True] * 6, 1)
+
+
+def test_a_stream_never_goes_ahead(scripted):
+    model = scripted("hello")
+    assert "".join(model.stream("go")) == "hello"
+    assert model._decoder.ahead == [False] * 6
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), GenerationError("non-finite logits")])
+def test_a_failed_generation_settles_the_decoder(scripted, error):
+    model = scripted("hello")
+    model._decoder.fail_at = {3: error}
+    with pytest.raises(type(error)):
+        model.generate("go")
+    assert model._decoder.settled == 1
+    with pytest.raises(GenerationError, match="no token to choose"):
+        model.generate("go", logit_bias=dict.fromkeys(range(VOCAB), -np.inf))
+    assert model._decoder.settled == 2
+    assert model.generate("go").text == "hello"
 
 
 # ---- streams -------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The sampler and its options against closed forms, brute force and fixed seeds."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import ffmini.sampler
+from ffmini.candidates import MAX_LISTED, MAX_QUERIED, Query, largest, summarise
 from ffmini.config import GenerationDefaults
 from ffmini.errors import GenerationError
 from ffmini.options import GenerationOptions, resolve_options
-from ffmini.sampler import Sampler, distribution, draw, largest, log_softmax, nucleus
+from ffmini.sampler import Ranking, Sampler, draw, log_softmax, rank, survivors, weigh
 
 GREEDY = GenerationDefaults()
 # A coarse grid makes ties common.
@@ -23,6 +26,34 @@ def make_sampler(vocab_size=8, prompt=(), eos=(), **options):
     return Sampler(GenerationOptions(**options), np.array(prompt, np.int64), eos, vocab_size)
 
 
+def pick(sampler, logits):
+    """The sampler's next token after a pass that ends in `logits`."""
+    return sampler.sample(summarise(np.asarray(logits, np.float32), sampler.query()))[0]
+
+
+def cut(candidates, length, fetch=None):
+    """The same with at most `length` of the others listed, and `fetch` in place of its own if given."""
+    length = min(length, len(candidates.ids))
+    return dataclasses.replace(
+        candidates,
+        ids=candidates.ids[:length],
+        logits=candidates.logits[:length],
+        complete=candidates.complete and length == len(candidates.ids),
+        fetch=fetch or candidates.fetch,
+    )
+
+
+def distribution(scores, **options):
+    """What temperature, top_k, top_p and min_p leave of all `scores`: ascending ids and their weights."""
+    options = GenerationOptions(**options)
+    inverse = np.float32(1 / options.temperature)
+    order = largest(scores, len(scores))
+    total = weigh(scores, scores.max(), inverse).sum()
+    weights = survivors(Ranking(order, scores[order], True), options, inverse, total)
+    ids = order[: len(weights)]
+    return np.sort(ids), weights[ids.argsort()]
+
+
 def in_order(values):
     """Indices by descending value, the lower index first of equals."""
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
@@ -30,6 +61,7 @@ def in_order(values):
 
 def brute_force(scores, temperature, top_k, top_p, min_p):
     """{token: probability} by the definitions of the four steps, each over a full sort."""
+    temperature = 1 / float(np.float32(1 / temperature))
     order = in_order(scores)[: top_k or len(scores)]
     weights = {i: math.exp((float(scores[i]) - float(max(scores))) / temperature) for i in order}
     total, before, kept = sum(weights.values()), 0.0, []
@@ -42,29 +74,14 @@ def brute_force(scores, temperature, top_k, top_p, min_p):
     return {i: weights[i] / total for i in sorted(kept)}
 
 
-# ---- picking candidates --------------------------------------------------------------------------------
-
-
-@given(score_arrays, st.integers(0, 320))
-def test_largest_is_a_stable_sort_cut_off(scores, k):
-    assert largest(scores, k).tolist() == in_order(scores)[:k]
-
-
-@pytest.mark.parametrize("k", [1, 50, 700, 9000, 40000])
-def test_largest_of_a_big_vocabulary(k):
-    scores = np.random.default_rng(0).normal(size=32003).astype(np.float32).round(2)
-    scores[::7] = -np.inf
-    assert largest(scores, k).tolist() == in_order(scores)[:k]
+# ---- truncation ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("top_p, expected", [(0.0, 1), (0.5, 1), (0.5001, 2), (0.75, 2), (0.8, 3), (1.0, 4)])
-def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, expected):
-    weights = np.array([0.125, 0.5, 0.25, 0.125])
-    assert nucleus(weights, top_p).tolist() == sorted([1, 2, 0, 3][:expected])
-
-
-def test_nucleus_grows_beyond_its_first_look():
-    assert nucleus(np.ones(5000), 0.9).tolist() == list(range(4500))
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, expected):
+    scores = np.array([-3, -1, -2, -3], np.float32)  # powers of two: 1/8, 1/2, 1/4, 1/8
+    ids, _ = distribution(scores, temperature=1 / math.log(2), top_p=top_p)
+    assert ids.tolist() == sorted([1, 2, 0, 3][:expected])
 
 
 @settings(max_examples=100)
@@ -76,8 +93,7 @@ def test_nucleus_grows_beyond_its_first_look():
     st.sampled_from([0.0, 0.013, 0.31, 1.0]),
 )
 def test_distribution_is_that_of_the_definitions(scores, temperature, top_k, top_p, min_p):
-    options = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    ids, weights = distribution(scores, options)
+    ids, weights = distribution(scores, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     expected = brute_force(scores, temperature, top_k, top_p, min_p)
     assert ids.tolist() == list(expected)
     np.testing.assert_allclose(weights / weights.sum(), list(expected.values()), rtol=1e-12)
@@ -85,20 +101,21 @@ def test_distribution_is_that_of_the_definitions(scores, temperature, top_k, top
 
 def test_ties_at_the_edge_of_top_k_go_to_the_lower_ids():
     scores = np.array([1, 3, 2, 2, 2, 3], np.float32)
-    ids, _ = distribution(scores, GenerationOptions(temperature=1.0, top_k=4))
+    ids, _ = distribution(scores, temperature=1.0, top_k=4)
     assert ids.tolist() == [1, 2, 3, 5]
 
 
 def test_top_p_counts_only_what_top_k_left():
     scores = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     # Of the two that top_k leaves the first has 4/7 = 0.571, of all four 0.4.
-    ids, _ = distribution(scores, GenerationOptions(temperature=1.0, top_k=2, top_p=0.57))
+    ids, _ = distribution(scores, temperature=1.0, top_k=2, top_p=0.57)
     assert ids.tolist() == [0]
 
 
-def test_a_tiny_temperature_is_greedy():
-    ids, weights = distribution(np.array([1, 5, 4.999], np.float32), GenerationOptions(temperature=1e-300))
-    assert ids[weights > 0].tolist() == [1]
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-38, 1e-6])
+def test_a_tiny_temperature_is_greedy(temperature):
+    sampler = make_sampler(3, temperature=temperature, seed=0)
+    assert {pick(sampler, [1, 5, 4.999]) for _ in range(9)} == {1}
 
 
 # ---- the draw ------------------------------------------------------------------------------------------
@@ -108,16 +125,16 @@ def test_a_tiny_temperature_is_greedy():
     hnp.arrays(np.float64, st.integers(1, 50), elements=st.sampled_from([0.0, 1e-300, 0.1, 1.0])),
     st.floats(0, 1, exclude_max=True),
 )
-def test_draw_never_takes_a_token_without_weight(weights, uniform):
+def test_draw_never_takes_an_index_without_weight(weights, uniform):
     weights[len(weights) // 2] = 0.3
     for u in (uniform, 0.0, np.nextafter(1, 0)):
-        assert weights[draw(np.arange(len(weights)), weights, u)] > 0
+        assert weights[draw(weights, u)] > 0
 
 
 def test_draw_inverts_the_distribution_function():
-    ids, weights = np.array([2, 5, 9]), np.array([1.0, 2.0, 1.0])
-    drawn = [draw(ids, weights, u) for u in (0.0, 0.2499, 0.25, 0.7499, 0.75, 0.999)]
-    assert drawn == [2, 2, 5, 5, 9, 9]
+    weights = np.array([1.0, 2.0, 1.0])
+    drawn = [draw(weights, u) for u in (0.0, 0.2499, 0.25, 0.7499, 0.75, 0.999)]
+    assert drawn == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +153,7 @@ def test_frequencies_pass_a_chi_square_test(options):
     full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **options}
     expected = brute_force(logits, **full)
     sampler = make_sampler(12, seed=11, **options)
-    seen = np.bincount([sampler.sample(logits)[0] for _ in range(count)], minlength=12)
+    seen = np.bincount([pick(sampler, logits) for _ in range(count)], minlength=12)
     assert set(np.flatnonzero(seen)) <= set(expected)
     statistic = sum((seen[i] - count * p) ** 2 / (count * p) for i, p in expected.items())
     freedom = len(expected) - 1
@@ -147,10 +164,10 @@ def test_token_i_meets_random_number_i_whatever_the_options():
     logits = np.zeros(1000, np.float32)
     numbers = np.random.Generator(np.random.PCG64(3)).random(4)
     sampler = make_sampler(1000, seed=3, temperature=1.0)
-    assert [sampler.sample(logits)[0] for _ in range(4)] == [int(1000 * u) for u in numbers]
+    assert [pick(sampler, logits) for _ in range(4)] == [int(1000 * u) for u in numbers]
     greedy = make_sampler(1000, seed=3)
     for _ in range(3):
-        greedy.sample(logits)
+        pick(greedy, logits)
     assert greedy._random.random() == numbers[3]
 
 
@@ -159,11 +176,11 @@ def test_a_seed_is_drawn_and_reported():
     assert first.seed != second.seed
     again = make_sampler(1000, temperature=1.0, seed=first.seed)
     logits = np.zeros(1000, np.float32)
-    assert [first.sample(logits)[0] for _ in range(9)] == [again.sample(logits)[0] for _ in range(9)]
+    assert [pick(first, logits) for _ in range(9)] == [pick(again, logits) for _ in range(9)]
 
 
 def test_greedy_takes_the_lowest_of_equals():
-    assert make_sampler().sample(np.array([0, 2, 1, 2, 2, 0, 0, 0], np.float32))[0] == 1
+    assert pick(make_sampler(), [0, 2, 1, 2, 2, 0, 0, 0]) == 1
 
 
 # ---- penalties, bias, bans -----------------------------------------------------------------------------
@@ -173,7 +190,7 @@ def test_repetition_penalty_counts_prompt_and_text_once():
     sampler = make_sampler(4, prompt=[1, 1], repetition_penalty=2.0)
     logits = np.array([8, 6, -2, -4], np.float32)
     assert sampler.processed(logits).tolist() == [8, 3, -2, -4]
-    assert sampler.sample(logits)[0] == 0
+    assert pick(sampler, logits) == 0
     assert sampler.processed(logits).tolist() == [4, 3, -2, -4]
     sampler = make_sampler(4, prompt=[2, 3], repetition_penalty=2.0)
     assert sampler.processed(logits).tolist() == [8, 6, -4, -8]
@@ -184,7 +201,7 @@ def test_presence_and_frequency_count_the_text_only():
     logits = np.array([9, 0, 8], np.float32)
     for expected in ([9, 0, 8], [8.25, 0, 8], [8, 0, 8], [7.75, 0, 8], [7.75, 0, 7.25]):
         assert sampler.processed(logits).tolist() == expected
-        sampler.sample(logits)
+        pick(sampler, logits)
 
 
 def test_order_of_penalties_and_bias():
@@ -193,39 +210,40 @@ def test_order_of_penalties_and_bias():
     # Repetition before presence: (8 / 2) - 3, not (8 - 3) / 2.
     sampler = make_sampler(2, repetition_penalty=2.0, presence_penalty=3.0)
     logits = np.array([8, 0], np.float32)
-    sampler.sample(logits)
+    pick(sampler, logits)
     assert sampler.processed(logits).tolist() == [1, 0]
 
 
 def test_the_given_logits_are_left_alone():
     logits = np.array([1, 2, 3], np.float32)
-    make_sampler(3, prompt=[0, 1], repetition_penalty=3.0, logit_bias={2: -5.0}).sample(logits)
+    sampler = make_sampler(3, prompt=[0, 1], repetition_penalty=3.0, logit_bias={2: -5.0}, logprobs=1)
+    pick(sampler, logits)
     assert logits.tolist() == [1, 2, 3]
 
 
 def test_nothing_ends_the_text_before_min_new_tokens():
     logits = np.array([5, 4, 3, 2], np.float32)
     sampler = make_sampler(4, eos=(0,), stop_token_ids=(1,), min_new_tokens=2)
-    assert [sampler.sample(logits)[0] for _ in range(3)] == [2, 2, 0]
+    assert [pick(sampler, logits) for _ in range(3)] == [2, 2, 0]
     assert sampler.end_token_ids == {0, 1}
 
 
 def test_ignore_eos_makes_eos_a_token_like_any_other():
     sampler = make_sampler(4, eos=(0,), stop_token_ids=(1,), min_new_tokens=2, ignore_eos=True)
-    assert sampler.sample(np.array([5, 6, 3, 2], np.float32))[0] == 0
+    assert pick(sampler, [5, 6, 3, 2]) == 0
     assert sampler.end_token_ids == {1}
 
 
 def test_a_bias_of_minus_infinity_bans():
     sampler = make_sampler(3, temperature=1.0, seed=0, logit_bias={0: -math.inf, 2: -math.inf})
-    assert {sampler.sample(np.zeros(3, np.float32))[0] for _ in range(50)} == {1}
+    assert {pick(sampler, np.zeros(3)) for _ in range(50)} == {1}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_token_left_raises(temperature):
     sampler = make_sampler(2, eos=(1,), min_new_tokens=1, logit_bias={0: -math.inf}, temperature=temperature)
     with pytest.raises(GenerationError, match="no token to choose"):
-        sampler.sample(np.zeros(2, np.float32))
+        pick(sampler, np.zeros(2))
 
 
 # ---- logprobs ------------------------------------------------------------------------------------------
@@ -234,7 +252,7 @@ def test_no_token_left_raises(temperature):
 def test_logprobs_are_after_bias_and_before_temperature_and_truncation():
     p = np.array([0.1, 0.2, 0.3, 0.4])
     sampler = make_sampler(4, logprobs=2, temperature=0.1, top_k=1, logit_bias={0: math.log(10.0)})
-    token, logprobs = sampler.sample(np.log(p).astype(np.float32))
+    token, logprobs = sampler.sample(summarise(np.log(p).astype(np.float32), sampler.query()))
     assert token == logprobs.token == 0
     assert list(logprobs.top) == [0, 3]
     assert logprobs.logprob == pytest.approx(math.log(1.0 / 1.9), rel=1e-6)
@@ -242,9 +260,11 @@ def test_logprobs_are_after_bias_and_before_temperature_and_truncation():
 
 
 def test_logprobs_of_zero_report_the_chosen_token_only():
-    _, logprobs = make_sampler(2, logprobs=0).sample(np.zeros(2, np.float32))
+    sampler, silent = make_sampler(2, logprobs=0), make_sampler(2)
+    candidates = summarise(np.zeros(2, np.float32), sampler.query())
+    _, logprobs = sampler.sample(candidates)
     assert logprobs.top == {} and logprobs.logprob == pytest.approx(-math.log(2))
-    assert make_sampler(2).sample(np.zeros(2, np.float32))[1] is None
+    assert silent.sample(candidates)[1] is None
 
 
 @given(hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-80, 80, width=32)))
@@ -252,6 +272,214 @@ def test_log_softmax_adds_up_to_one(scores):
     logprobs = log_softmax(scores)
     assert np.exp(logprobs).sum() == pytest.approx(1, rel=1e-12)
     np.testing.assert_allclose(logprobs - logprobs[0], scores.astype(np.float64) - scores[0], atol=1e-9)
+
+
+# ---- queries -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 3}, {"stop_token_ids": (4,)}])
+def test_nothing_is_queried_where_nothing_is_altered(options):
+    sampler = make_sampler(8, prompt=[1, 2], eos=(0,), **options)
+    first = sampler.query()
+    pick(sampler, np.arange(8))
+    assert sampler.query() is first and first.token_ids.tolist() == []
+
+
+def test_a_query_names_every_altered_token_and_grows_at_its_end():
+    sampler = make_sampler(
+        9,
+        prompt=[5, 2, 5],
+        eos=(8, 99),
+        repetition_penalty=1.5,
+        logit_bias={7: 1.0, 2: -1.0},
+        min_new_tokens=1,
+    )
+    before = [7, 2, 8, 5]  # bias, bans, prompt
+    assert sampler.query().token_ids.dtype == np.int32
+    for token, expected in ((2, []), (6, [6]), (8, [6]), (0, [6, 0]), (6, [6, 0])):
+        logits = np.full(9, -50, np.float32)
+        logits[token] = 50
+        old = sampler.query()
+        assert pick(sampler, logits) == token
+        assert sampler.query().token_ids.tolist() == before + expected
+        assert old.token_ids.tolist() == (before + expected)[: len(old.token_ids)]
+
+
+def test_presence_and_frequency_query_the_text_only():
+    sampler = make_sampler(4, prompt=[1, 2], frequency_penalty=1.0)
+    assert [pick(sampler, [0, 0, 0, 1.5]) for _ in range(3)] == [3, 3, 0]
+    assert sampler.query().token_ids.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("temperature, inverse", [(0.0, 1.0), (1.0, 1.0), (0.7, 1 / 0.7), (1000.0, 0.001)])
+def test_the_query_has_the_temperature_as_a_float32(temperature, inverse):
+    found = make_sampler(temperature=temperature).query().inverse_temperature
+    assert found == np.float32(inverse) and found.dtype == np.float32
+
+
+# ---- exact candidates and all logits -------------------------------------------------------------------
+
+
+@st.composite
+def cases(draw):
+    """A vocabulary's size, a prompt and options of every kind."""
+    size = draw(st.integers(1, 40))
+    tokens = st.integers(0, size - 1)
+    bias = st.sampled_from([-math.inf, -1.5, -0.5, 0.5, 1.0])
+    penalty = st.sampled_from([0.0, 0.0, 0.5, -0.25])
+    options = {
+        "temperature": draw(st.sampled_from([0.0, 0.3, 1.0, 2.5])),
+        "top_k": draw(st.sampled_from([0, 0, 1, 2, 3, 5, 20])),
+        "top_p": draw(st.sampled_from([1.0, 0.0, 0.3, 0.5, 0.9, 0.999999])),
+        "min_p": draw(st.sampled_from([0.0, 0.0, 0.05, 0.4, 1.0])),
+        "repetition_penalty": draw(st.sampled_from([1.0, 1.3, 0.8, 2.0])),
+        "presence_penalty": draw(penalty),
+        "frequency_penalty": draw(penalty),
+        "logit_bias": draw(st.dictionaries(tokens, bias, max_size=size)),
+        "min_new_tokens": draw(st.sampled_from([0, 0, 2, 3])),
+        "stop_token_ids": tuple(draw(st.lists(tokens, max_size=2))),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+    return size, draw(st.lists(tokens, max_size=6)), options
+
+
+def outcome(sampler, candidates):
+    """The next token, or what the sampler says if there is none."""
+    try:
+        return sampler.sample(candidates)[0]
+    except GenerationError as error:
+        return str(error)
+
+
+@settings(max_examples=400, deadline=None)
+@given(cases(), st.booleans(), st.data())
+def test_any_number_of_exact_candidates_gives_the_same_tokens(case, ties, data):
+    size, prompt, options = case
+    random = np.random.default_rng(data.draw(st.integers(0, 999)))
+    whole, short, single = (make_sampler(size, prompt, **options) for _ in range(3))
+    for _ in range(5):
+        logits = random.normal(0, 2, size).astype(np.float32)
+        candidates = summarise(logits.round() if ties else logits, whole.query())
+        # Decoders round the total as they like. All ways must believe it, which a gross error shows.
+        candidates = dataclasses.replace(candidates, total=candidates.total * random.uniform(0.7, 1.4))
+        length = data.draw(st.integers(1, size))
+        tokens = [outcome(whole, candidates)]
+        tokens += [outcome(short, cut(candidates, length)), outcome(single, cut(candidates, 1))]
+        assert tokens[0] == tokens[1] == tokens[2]
+        assert whole.query().token_ids.tolist() == short.query().token_ids.tolist()
+
+
+@pytest.mark.parametrize("spread", [0.02, 2.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.9},
+        {"top_p": 0.6, "min_p": 0.01, "repetition_penalty": 1.2},
+        {"top_k": 1500, "top_p": 0.95},
+        {"top_k": 40, "presence_penalty": 0.5, "logit_bias": {3: -math.inf, 8: 4.0}},
+        {"min_p": 0.1},
+        {},
+    ],
+)
+def test_a_big_vocabulary_gives_the_same_tokens(options, spread):
+    """More tokens than are listed, so that there are several looks at the ranking."""
+    random = np.random.default_rng(3)
+    prompt = random.integers(0, 5000, 300)
+    listed, single = (make_sampler(5000, prompt, seed=4, temperature=0.8, **options) for _ in range(2))
+    for _ in range(20):
+        candidates = summarise(random.normal(0, spread, 5000).astype(np.float32), listed.query())
+        assert len(candidates.ids) == MAX_LISTED
+        assert listed.sample(candidates) == single.sample(cut(candidates, 1))
+
+
+def test_top_p_beyond_every_look_at_a_flat_ranking():
+    sampler = make_sampler(5000, temperature=1.0, top_p=0.9, seed=2)
+    numbers = np.random.Generator(np.random.PCG64(2)).random(30)
+    assert [pick(sampler, np.zeros(5000)) for _ in numbers] == [int(4500 * u) for u in numbers]
+
+
+# Each token is half as likely as the one before it.
+HALVES = -math.log(2) * np.arange(12, dtype=np.float32)
+NO_TOP = {"logit_bias": {0: -math.inf}}
+
+
+@pytest.mark.parametrize(
+    "options, listed, fetches",
+    [
+        ({}, 1, False),
+        ({"repetition_penalty": 5.0, "logit_bias": {4: 1.0}}, 1, False),
+        ({"temperature": 1.0}, 11, True),
+        ({"temperature": 1.0}, 12, False),
+        ({"temperature": 1.0, "top_k": 3}, 3, False),
+        ({"temperature": 1.0, "top_k": 3}, 2, True),
+        ({"temperature": 1.0, "top_k": 3, "logit_bias": {5: 9.0}}, 2, False),
+        ({"temperature": 1.0, "top_k": 3, "logit_bias": {5: -9.0}}, 2, True),
+        ({"temperature": 1.0, "top_k": 3, **NO_TOP}, 3, False),
+        ({"temperature": 1.0, "top_k": 3, **NO_TOP}, 2, True),
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.1}, 2, True),
+        ({"temperature": 1.0, "top_k": 12}, 11, True),
+        ({"temperature": 1.0, "top_k": 12, "top_p": 0.74}, 2, False),
+        ({"temperature": 1.0, "top_p": 0.74}, 2, False),
+        ({"temperature": 1.0, "top_p": 0.76}, 2, True),
+        ({"temperature": 1.0, "top_p": 0.74, **NO_TOP}, 2, False),
+        ({"temperature": 1.0, "top_p": 0.76, **NO_TOP}, 2, True),
+        ({"temperature": 1.0, "min_p": 0.3}, 3, False),
+        ({"temperature": 1.0, "min_p": 0.3}, 2, True),
+        ({"temperature": 1.0, "min_p": 0.3, "top_p": 0.95}, 3, False),
+        ({"temperature": 1.0, "min_p": 0.1, "top_p": 0.74}, 2, False),
+        ({"logprobs": 1}, 12, True),
+        ({"temperature": 1.0, "top_k": 3, "logprobs": 1}, 2, True),
+    ],
+)
+def test_logits_are_fetched_only_if_the_candidates_do_not_decide(options, listed, fetches):
+    sampler, fetched = make_sampler(12, **options), []
+    candidates = summarise(HALVES, sampler.query())
+    sampler.sample(cut(candidates, listed, lambda: fetched.append(None) or HALVES))
+    assert len(fetched) == fetches
+
+
+@pytest.mark.parametrize("altered, expected", [(4, [0]), (0, [0, 1])])
+def test_an_altered_token_that_equals_the_last_candidate(altered, expected):
+    """Others that are not listed may come between the two, unless the altered one has the lower id."""
+    query = Query(np.array([altered], np.int32), np.float32(1))
+    candidates = cut(summarise(np.zeros(5, np.float32), query), 1)
+    ranking = rank(candidates, query.token_ids, candidates.queried, 9)
+    assert (ranking.ids.tolist(), ranking.complete) == (expected, False)
+
+
+def test_a_wide_nucleus_needs_no_fetch_if_it_is_listed():
+    logits = -np.arange(5000, dtype=np.float32) / 300
+    sampler = make_sampler(5000, temperature=1.0, top_p=0.9, seed=0)
+    candidates = cut(summarise(logits, sampler.query()), MAX_LISTED, lambda: pytest.fail("fetched"))
+    tokens = [sampler.sample(candidates)[0] for _ in range(200)]
+    assert 512 < max(tokens) < 300 * math.log(10) + 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 1.2, "min_p": 0.05, "logprobs": 2},
+    ],
+)
+def test_more_altered_tokens_than_a_query_holds(options, monkeypatch):
+    """Nothing is queried, all logits are fetched, and the tokens are the same."""
+    size = 2 * MAX_QUERIED
+    random = np.random.default_rng(6)
+    # The fourth or so of the tokens is one too many.
+    prompt = random.permutation(size)[: MAX_QUERIED - 3]
+    options = {"seed": 9, "repetition_penalty": 1.3, "frequency_penalty": 0.2, **options}
+    logits = random.normal(0, 2, (20, size)).astype(np.float32)
+    sampler = make_sampler(size, prompt, **options)
+    found = [sampler.sample(summarise(row, sampler.query())) for row in logits]
+    assert sampler.query().token_ids.tolist() == []
+    monkeypatch.setattr(ffmini.sampler, "MAX_QUERIED", size)
+    sampler = make_sampler(size, prompt, **options)
+    assert [sampler.sample(summarise(row, sampler.query())) for row in logits] == found
+    assert len(sampler.query().token_ids) > MAX_QUERIED
 
 
 # ---- options -------------------------------------------------------------------------------------------
