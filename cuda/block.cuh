@@ -129,6 +129,17 @@ struct Block {
     }
 };
 
+// What must stand in shared memory before anything else. All threads of the block call it and may read it
+// when it returns.
+__device__ __forceinline__ void prepare_shared(uint8_t* memory) {
+    SharedTail& tail = *Block::tail(memory);
+    if (threadIdx.x < NUM_STAGES) tail.own_tiles[threadIdx.x] = count_own_tiles(SHAPES[threadIdx.x].tiles);
+#if BULK_COPIES
+    if (threadIdx.x == 0) tail.ring.initialize();
+#endif
+    __syncthreads();
+}
+
 // Calls body(job, valid) for each job of 16 lanes, all warps sharing them out. Both halves of a warp call it
 // together, as shuffles want; a half that has no job gets the last one once more, and is not `valid`.
 template <class Body>

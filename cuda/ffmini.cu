@@ -394,15 +394,10 @@ __device__ __forceinline__ bool run_pass(Block& block) {
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     ffmini_pass(const __grid_constant__ PassArgs args) {
     extern __shared__ __align__(128) uint8_t shared_memory[];
-    SharedTail& tail = *Block::tail(shared_memory);
-    if (threadIdx.x < NUM_STAGES) tail.own_tiles[threadIdx.x] = count_own_tiles(SHAPES[threadIdx.x].tiles);
-#if BULK_COPIES
-    if (threadIdx.x == 0) tail.ring.initialize();
-#endif
-    __syncthreads();
+    prepare_shared(shared_memory);
 #if BULK_COPIES
     if (threadIdx.x >= THREADS) {
-        fill_rings<RING_SLOTS>(args, tail.ring, shared_memory + FIXED_BYTES);
+        fill_rings<RING_SLOTS>(args, Block::tail(shared_memory)->ring, shared_memory + FIXED_BYTES);
         return;
     }
 #endif

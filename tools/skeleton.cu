@@ -27,8 +27,8 @@ __device__ __forceinline__ float touch_slot(Block& block) {
 // Takes the warp's share of the block's tiles of M, in the order of multiply(). Returns something made of all
 // of it.
 template <class M>
-__device__ __forceinline__ float consume(Block& block) {
-    const int units = own_tiles(M::TILES) * M::SEGMENTS;
+__device__ __forceinline__ float consume(Block& block, Stage stage) {
+    const int units = block.own_tiles(stage) * M::SEGMENTS;
     float touched = 0.0f;
     for (int unit = block.warp(); unit < units; unit += WARPS) {
         const int first = unit % M::SEGMENTS * M::SLOTS_PER_SEGMENT;
@@ -59,12 +59,11 @@ __device__ __forceinline__ float consume_cache(Block& block, int layer) {
 // Publishes the block's share of an exchange, PER_TILE packets for each of its own tiles, once all its warps
 // are there: an output needs every segment of k.
 template <Exchange KIND, int PER_TILE>
-__device__ __forceinline__ void send(const Block& block, uint4* packets, int tiles, uint32_t tag,
+__device__ __forceinline__ void send(const Block& block, uint4* packets, int own_tiles, uint32_t tag,
                                      float payload) {
     if (KIND >= EXCHANGES) return;
     sync_threads<THREADS>();
-    const int count = own_tiles(tiles) * PER_TILE;
-    for (int i = block.thread; i < count; i += THREADS) {
+    for (int i = block.thread; i < own_tiles * PER_TILE; i += THREADS) {
         const int tile = blockIdx.x + i / PER_TILE * gridDim.x;
         publish(packets + tile * PER_TILE + i % PER_TILE, __float_as_uint(payload), 0, 0, tag);
     }
@@ -86,10 +85,11 @@ __device__ __forceinline__ bool gather(const Block& block, const uint4* packets,
 // without a tile waits for nothing, as in the kernel.
 template <class M, Exchange IN, int IN_PACKETS, Exchange OUT, int PER_TILE>
 __device__ __forceinline__ bool matrix_stage(Block& block, const uint4* in, uint32_t in_tag, uint4* out,
-                                             uint32_t out_tag, int where) {
-    if (own_tiles(M::TILES) == 0) return true;
-    if (!gather<IN, IN_PACKETS>(block, in, in_tag, where)) return false;
-    send<OUT, PER_TILE>(block, out, M::TILES, out_tag, consume<M>(block));
+                                             uint32_t out_tag, int layer, Stage stage) {
+    const int own_tiles = block.own_tiles(stage);
+    if (own_tiles == 0) return true;
+    if (!gather<IN, IN_PACKETS>(block, in, in_tag, 8 * layer + stage)) return false;
+    send<OUT, PER_TILE>(block, out, own_tiles, out_tag, consume<M>(block, stage));
     return true;
 }
 
@@ -99,7 +99,7 @@ __device__ __forceinline__ bool attention(Block& block, int layer, const LayerPa
                                           int where) {
     if (!gather<FROM_QKV, QKV_PACKETS>(block, packets.qkv(), tag, where)) return false;
     const float touched = consume_cache(block, layer);
-    send<FROM_ATTENTION, HEAD_PACKETS>(block, packets.attention(), NUM_HEADS, tag, touched);
+    send<FROM_ATTENTION, HEAD_PACKETS>(block, packets.attention(), count_own_tiles(NUM_HEADS), tag, touched);
     return true;
 }
 
@@ -107,34 +107,33 @@ __device__ __forceinline__ bool attention(Block& block, int layer, const LayerPa
 __device__ __forceinline__ bool run_layer(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer), next_tag = tag_of(block.args, layer + 1);
-    const int where = 8 * layer;
     return matrix_stage<QkvProj, FROM_DOWN, HIDDEN_PACKETS, FROM_QKV, FLOAT_PACKETS>(
-               block, packets.hidden(), tag, packets.qkv(), tag, where + STAGE_QKV) &&
-           attention(block, layer, packets, tag, where + STAGE_ATTENTION) &&
+               block, packets.hidden(), tag, packets.qkv(), tag, layer, STAGE_QKV) &&
+           attention(block, layer, packets, tag, 8 * layer + STAGE_ATTENTION) &&
            matrix_stage<OProj, FROM_ATTENTION, ATTENTION_PACKETS, FROM_O, NORM_PACKETS>(
-               block, packets.attention(), tag, packets.mid_hidden(), tag, where + STAGE_O) &&
+               block, packets.attention(), tag, packets.mid_hidden(), tag, layer, STAGE_O) &&
            matrix_stage<GateUpProj, FROM_O, HIDDEN_PACKETS, FROM_GATE_UP, BF16_PACKETS>(
-               block, packets.mid_hidden(), tag, packets.activation(), tag, where + STAGE_GATE_UP) &&
+               block, packets.mid_hidden(), tag, packets.activation(), tag, layer, STAGE_GATE_UP) &&
            matrix_stage<DownProj, FROM_GATE_UP, ACTIVATION_PACKETS, FROM_DOWN, NORM_PACKETS>(
-               block, packets.activation(), tag, packets.next_hidden(), next_tag, where + STAGE_DOWN);
+               block, packets.activation(), tag, packets.next_hidden(), next_tag, layer, STAGE_DOWN);
 }
 
 // False if a wait gave up.
 __device__ __forceinline__ bool run_pass(Block& block) {
-    send<FROM_DOWN, NORM_PACKETS>(block, LayerPackets(block.args.exchange, 0).hidden(), HIDDEN_TILES,
-                                  tag_of(block.args, 0), 0.0f);
+    send<FROM_DOWN, NORM_PACKETS>(block, LayerPackets(block.args.exchange, 0).hidden(),
+                                  block.own_tiles(STAGE_O), tag_of(block.args, 0), 0.0f);
 #pragma unroll 1
     for (int layer = 0; layer < NUM_LAYERS; ++layer) {
         block.locate();
         if (!run_layer(block, opaque(layer))) return false;
     }
-    if (own_tiles(LmHead::TILES) == 0) return true;
+    if (block.own_tiles(STAGE_LM_HEAD) == 0) return true;
     const LayerPackets last(block.args.exchange, NUM_LAYERS);
     if (!gather<FROM_DOWN, HIDDEN_PACKETS>(block, last.hidden(), tag_of(block.args, NUM_LAYERS),
                                            8 * NUM_LAYERS + STAGE_LM_HEAD)) {
         return false;
     }
-    consume<LmHead>(block);
+    consume<LmHead>(block, STAGE_LM_HEAD);
     return true;
 }
 
@@ -142,12 +141,10 @@ __device__ __forceinline__ bool run_pass(Block& block) {
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     skeleton_pass(const __grid_constant__ PassArgs args) {
     extern __shared__ __align__(128) uint8_t shared_memory[];
+    prepare_shared(shared_memory);
 #if BULK_COPIES
-    BulkState& state = Block::tail(shared_memory)->ring;
-    if (threadIdx.x == 0) state.initialize();
-    __syncthreads();
     if (threadIdx.x >= THREADS) {
-        fill_rings<RING_SLOTS>(args, state, shared_memory + FIXED_BYTES);
+        fill_rings<RING_SLOTS>(args, Block::tail(shared_memory)->ring, shared_memory + FIXED_BYTES);
         return;
     }
 #endif

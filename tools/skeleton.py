@@ -115,6 +115,7 @@ class Skeleton:
             "key_cache": kv_cache_bytes(config, form.position + 1) // 2,
             "value_cache": kv_cache_bytes(config, form.position + 1) // 2,
             "status": STATUS.itemsize,
+            "gave_up": 4,
         }
         if sum(sizes.values()) > (free := free_memory()):
             raise ValueError(f"{sum(sizes.values()) >> 20} MiB of device memory expected, found {free >> 20}")
