@@ -22,7 +22,7 @@
 #error "a -D constant of the norms and biases is missing"
 #endif
 #if !defined(SHARED_LIMIT) || !defined(OWN_TILES) || !defined(OWN_HEAD_TILES) || !defined(MAX_QUERIED) || \
-    !defined(BULK_COPIES) || !defined(TEST_PAUSES) || !defined(STAGE_TIMES)
+    !defined(BULK_COPIES) || !defined(COPIES_IN_FLIGHT) || !defined(TEST_PAUSES) || !defined(STAGE_TIMES)
 #error "a -D constant of the launch is missing"
 #endif
 

@@ -291,9 +291,6 @@ class BulkRing {
     uint32_t parity_ = 0;  // of the phase in which it gets full
 };
 
-// Copies under way per ring. More would fill the memory's queues, in which packets wait too.
-constexpr int MAX_IN_FLIGHT = 1;
-
 // What the fetching warps do: one lane per ring fills it until the end of the stream, or until the block
 // leaves the pass. When it returns nothing is under way: no copy may land in the shared memory of another
 // block.
@@ -313,7 +310,7 @@ __device__ __forceinline__ void fill_rings(const PassArgs& args, BulkState& stat
             --under_way;
             if (++oldest == SLOTS) oldest = 0, oldest_parity ^= 1;
         }
-        if (cursor.has_slot() && under_way < min_of(MAX_IN_FLIGHT, SLOTS) &&
+        if (cursor.has_slot() && under_way < min_of(COPIES_IN_FLIGHT, SLOTS) &&
             mbarrier_test(state.empty[warp] + tail, tail_parity)) {
             uint64_t* full = state.full[warp] + tail;
             mbarrier_arrive_expect(full, cursor.bytes());

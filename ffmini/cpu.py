@@ -105,6 +105,7 @@ class CPUDecoder:
         self._cos, self._sin = rope_tables(self.config, max_seq_len, self._dtype)
         shape = self._cache_shape()
         self.key_cache, self.value_cache = np.zeros(shape, self._dtype), np.zeros(shape, self._dtype)
+        self._said: Candidates | None = None  # what candidates() is to say
 
     # ---- loading ----
 
@@ -189,15 +190,23 @@ class CPUDecoder:
             raise GenerationError("non-finite logits: finite numbers expected from every pass")
         return result
 
-    def candidates(self, tokens: np.ndarray, start: int, query: Query, ahead: bool = False) -> Candidates:
-        """Run tokens [R] like `forward` and say of the last row's logits what `query` asks.
+    def begin(self, tokens: np.ndarray, start: int, query: Query, ahead: bool = False) -> None:
+        """Run tokens [R] like `forward`; candidates() says of the last row's logits what `query` asks.
 
         `ahead` hints that another token may follow at once; on the CPU nothing can be done in advance.
         """
-        return summarise(self.forward(tokens, start)[0].astype(np.float32), query)
+        self._said = summarise(self.forward(tokens, start)[0].astype(np.float32), query)
+
+    def candidates(self) -> Candidates:
+        """What the rows of begin() say; once, ValueError without them."""
+        said, self._said = self._said, None
+        if said is None:
+            raise ValueError("candidates of rows that begin() ran expected, none were run")
+        return said
 
     def settle(self) -> None:
-        """End what `ahead` may have begun: nothing, on the CPU."""
+        """Forget what was begun."""
+        self._said = None
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """Token ids [R] -> the residual stream x [R, hidden_size]."""

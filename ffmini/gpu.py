@@ -6,6 +6,7 @@ CuPy is imported on first use, so this module can be imported anywhere.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .kernel import (
     MAIL_LEAVE,
     PASS_ARGS,
     cached_cubin,
+    copies_in_flight,
     has_bulk_copies,
     kernel_defines,
     layer_bytes,
@@ -41,7 +43,9 @@ from .rope import rope_tables
 NON_FINITE = "non-finite logits: finite numbers expected from every pass"
 STAGE_NAMES = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj", "norm_lm_head", "-", "merge")
 PACKET_BYTES = 16
+MEMORY_CLOCK_RATE, GLOBAL_MEMORY_BUS_WIDTH = 36, 37  # CUDA's numbers of device attributes
 SPIN_SECONDS = 10.0
+AWAITED_TOKEN = np.array([AWAITED])
 TOKEN_SECONDS = 0.02  # a pass that was launched ahead waits so long for its token
 NOT_READY = 600  # cudaErrorNotReady
 LOOK_SECONDS = 0.003  # between looks at CUDA's own state while results are awaited
@@ -84,6 +88,14 @@ def free_memory(ordinal: int = 0) -> int:
         return available_memory()
     with cupy.cuda.Device(ordinal):
         return int(cupy.cuda.runtime.memGetInfo()[0])
+
+
+def memory_bandwidth(ordinal: int = 0) -> float:
+    """Bytes per second of GPU `ordinal`'s memory, by its clock (two transfers in each) and bus."""
+    runtime = import_cupy().cuda.runtime
+    kilohertz = runtime.deviceGetAttribute(MEMORY_CLOCK_RATE, ordinal)
+    bits = runtime.deviceGetAttribute(GLOBAL_MEMORY_BUS_WIDTH, ordinal)
+    return 2e3 * kilohertz * bits / 8
 
 
 def kv_cache_bytes(config: ModelConfig, positions: int) -> int:
@@ -136,6 +148,19 @@ class _Listing:
     inverse_temperature: float
 
 
+@dataclass
+class _Begun:
+    """What begin() was asked for; see there."""
+
+    tokens: np.ndarray  # of the last pass, [rows]
+    start: int
+    ids: np.ndarray  # queried, int32 [n]
+    inverse_temperature: float
+    append: bool  # the last token is the last of the ids, and the device does not have it yet
+    ahead: bool
+    listing: _Listing | None = None  # the last pass
+
+
 def read_global(cupy: ModuleType, module: object, name: str, dtype: np.dtype) -> np.ndarray:
     """The value of type `dtype` that the loaded `module` calls `name`."""
     value = np.zeros((), dtype=dtype)
@@ -174,12 +199,14 @@ class GPUDecoder:
         blocks: int | None = None,
         rows: tuple[int, ...] | None = None,
         bulk_copies: bool | None = None,
+        in_flight: int | None = None,
         test_pauses: bool = False,
         stage_times: bool = False,
         progress: bool = True,
     ) -> None:
         """`blocks` (default: one per multiprocessor), `rows` (default: 1 and as many as fit), `bulk_copies`
-        (default: if the device has them) and the rest are for tests and measurements."""
+        (default: if the device has them), `in_flight` (default: copies_in_flight) and the rest are for tests
+        and measurements."""
         reason = why_unusable(ordinal)
         if reason is not None:
             raise DeviceError(reason)
@@ -191,6 +218,7 @@ class GPUDecoder:
         self._stage_times = stage_times
         self._pool = cupy.cuda.MemoryPool()
         self._pass = self._checked = 0  # the last pass launched, and the last whose status was read
+        self._begun: _Begun | None = None  # what candidates() is to say
         self._waiting: _Listing | None = None  # the last pass, if its token was not known at the launch
         self._listed = 0  # the pass whose logits its candidates may fetch
         self._queried_ids = np.zeros(0, np.int32)  # as the device has them
@@ -202,6 +230,7 @@ class GPUDecoder:
         arch = f"sm_{properties['major']}{properties['minor']}"
         if bulk_copies is None:
             bulk_copies = has_bulk_copies(arch)
+        bandwidth = memory_bandwidth(ordinal)
         with cupy.cuda.Device(ordinal), cupy.cuda.using_allocator(self._pool.malloc):
             self._builds = {
                 r: _Build(
@@ -214,6 +243,7 @@ class GPUDecoder:
                         shared_limit=shared_limit,
                         blocks=blocks,
                         bulk_copies=bulk_copies,
+                        in_flight=in_flight or copies_in_flight(bandwidth, blocks, packed.layouts),
                         test_pauses=test_pauses,
                         stage_times=stage_times,
                     ),
@@ -387,8 +417,8 @@ class GPUDecoder:
             rows = [row for row in range(wanted.bit_length()) if wanted >> row & 1]
             return self._logits[rows[0] : rows[-1] + 1].get() if rows else self._logits[:0].get()
 
-    def candidates(self, tokens: np.ndarray, start: int, query: Query, ahead: bool = False) -> Candidates:
-        """Run tokens [R] at positions start .. start + R - 1; what the last one's logits are, in short.
+    def begin(self, tokens: np.ndarray, start: int, query: Query, ahead: bool = False) -> None:
+        """Start tokens [R] at positions start .. start + R - 1; candidates() says what the last one's say.
 
         With `ahead` the next pass is launched too, so that it has begun when its token comes: a call with
         that one token, the next position and the same query, to which the token may be added as the last id.
@@ -401,44 +431,58 @@ class GPUDecoder:
         if first:
             self.forward(tokens[:first], start, "none")
         if self._checked < self._pass - (self._waiting is not None):
-            self.finish()  # passes of launch()
+            self.finish()  # passes that nobody asked about
+        with self._settling():
+            self._listed = 0
+            self._reserve_passes(4)  # a pass and one ahead of it, both perhaps twice
+            append = self._queue_ids(ids, int(tokens[-1]))
+            self._begun = _Begun(tokens[first:], start + first, ids, query.inverse_temperature, append, ahead)
+            self._start(self._begun)
+
+    def candidates(self) -> Candidates:
+        """What the passes of begin() say, once they have ended. Errors are those of forward()."""
+        begun, self._begun = self._begun, None
+        if begun is None or begun.listing is None:
+            raise ValueError("candidates of passes that begin() started expected, none was started")
+        with self._settling():
+            while (packets := self._await_results(begun.listing, len(begun.ids))) is None:
+                self._release_waiting()
+                self._start(begun)
+            listing = begun.listing
+            found = assemble(
+                packets,
+                len(begun.ids),
+                begun.inverse_temperature,
+                self.config.vocab_size,
+                lambda: self._fetch(listing),
+            )
+            self._checked = listing.number
+            if not (math.isfinite(found.total) and np.isfinite(found.queried).all()):
+                raise GenerationError(NON_FINITE)
+        self._listed = listing.number
+        return found
+
+    @contextlib.contextmanager
+    def _settling(self) -> Iterator[None]:
+        """After an error nothing waits, and the ids that the device holds are not trusted."""
         try:
-            return self._candidates(tokens[first:], start + first, ids, query.inverse_temperature, ahead)
+            yield
         except BaseException:
-            self.settle()
+            self._release_waiting()
+            self._begun = None
             self._queried_ids = np.zeros(0, np.int32)  # the last id may have come or not
             raise
 
-    def _candidates(
-        self, tokens: np.ndarray, start: int, ids: np.ndarray, inverse_temperature: float, ahead: bool
-    ) -> Candidates:
-        self._listed = 0
-        self._reserve_passes(4)  # a pass and one ahead of it, both perhaps twice
-        append = self._queue_ids(ids, int(tokens[-1]))
-        end = start + len(tokens)
-        while True:
-            listing = self._deliver(tokens, start, inverse_temperature, append)
-            if listing is None:
-                listing = self._list(tokens, start, len(ids) - append, inverse_temperature, append)
-            self._queried_ids = ids
-            if ahead and end < self.max_seq_len:
-                self._waiting = self._list(np.array([AWAITED]), end, len(ids), inverse_temperature, False)
-            packets = self._await_results(listing, len(ids))
-            if packets is not None:
-                break
-            self.settle()
-        found = assemble(
-            packets,
-            len(ids),
-            inverse_temperature,
-            self.config.vocab_size,
-            lambda: self._fetch(listing),
-        )
-        self._checked = listing.number
-        if not (np.isfinite(found.total) and np.isfinite(found.queried).all()):
-            raise GenerationError(NON_FINITE)
-        self._listed = listing.number
-        return found
+    def _start(self, begun: _Begun) -> None:
+        """Give the last rows to the pass that waits for them, or launch one; and the next one ahead."""
+        tokens, ids, end = begun.tokens, begun.ids, begun.start + len(begun.tokens)
+        begun.listing = self._deliver(begun)
+        if begun.listing is None:
+            known = len(ids) - begun.append
+            begun.listing = self._list(tokens, begun.start, known, begun.inverse_temperature, begun.append)
+        self._queried_ids = ids
+        if begun.ahead and end < self.max_seq_len:
+            self._waiting = self._list(AWAITED_TOKEN, end, len(ids), begun.inverse_temperature, False)
 
     def _queue_ids(self, ids: np.ndarray, token: int) -> bool:
         """See that the device has the queried `ids`; True if the pass must append its last token to them."""
@@ -447,25 +491,23 @@ class GPUDecoder:
             return False
         if len(ids) and ids[-1] == token and np.array_equal(ids[:-1], known):
             return True
-        self.settle()
+        self._release_waiting()
         with self._on_device():
             self._device_ids[: len(ids)].set(ids)
         self._queried_ids = ids
         return False
 
-    def _deliver(
-        self, tokens: np.ndarray, start: int, inverse_temperature: float, append: bool
-    ) -> _Listing | None:
+    def _deliver(self, begun: _Begun) -> _Listing | None:
         """Give the waiting pass its token; None if it is not for this one, or has left."""
         waiting = self._waiting
         if waiting is None:
             return None
-        fits = len(tokens) == 1 and waiting.position == start
-        fits = fits and waiting.inverse_temperature == inverse_temperature
+        fits = len(begun.tokens) == 1 and waiting.position == begun.start
+        fits = fits and waiting.inverse_temperature == begun.inverse_temperature
         if not fits or self._host.status["no_token"][0] == waiting.number:
-            self.settle()
+            self._release_waiting()
             return None
-        self._host.mailbox[0] = mail(waiting.number, int(tokens[0]), append)
+        self._host.mailbox[0] = mail(waiting.number, int(begun.tokens[0]), begun.append)
         self._waiting = None
         return waiting
 
@@ -532,7 +574,15 @@ class GPUDecoder:
         return target.copy()
 
     def settle(self) -> None:
-        """Make a pass that waits for its token leave; without one this does nothing."""
+        """End what was begun: a pass that waits for its token leaves, what others say is not asked for."""
+        self._release_waiting()
+        if self._begun is not None:
+            self._begun = None
+            with self._on_device():
+                self._cupy.cuda.get_current_stream().synchronize()
+            self._checked = self._pass
+
+    def _release_waiting(self) -> None:
         if self._waiting is not None:
             self._host.mailbox[0] = mail(self._waiting.number, MAIL_LEAVE)
             self._waiting = None

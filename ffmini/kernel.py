@@ -27,6 +27,7 @@ from .resources import resource_dir
 MAX_ROWS = 8
 WARPS = 16
 KERNEL_NAME = "ffmini_pass"
+COPY_SECONDS = 1e-6  # about what a bulk copy takes while the memory is busy (H100, H200)
 VECTOR_NAMES = (
     "input_layernorm",
     "post_attention_layernorm",
@@ -123,6 +124,7 @@ def kernel_defines(
     shared_limit: int,
     blocks: int,
     bulk_copies: bool,
+    in_flight: int,
     test_pauses: bool = False,
     stage_times: bool = False,
 ) -> dict[str, str]:
@@ -130,8 +132,8 @@ def kernel_defines(
 
     `rows` is how many rows a pass takes (1 to 8), `shared_limit` the bytes of shared memory that a block
     may use, `blocks` the size of the grid. `bulk_copies`: weights come by bulk copies, which sm_90 and newer
-    have. `test_pauses` makes a build that holds packets back at random, `stage_times` one that notes when
-    each block passed each stage.
+    have; `in_flight` of them are under way per ring (see copies_in_flight). `test_pauses` makes a build that
+    holds packets back at random, `stage_times` one that notes when each block passed each stage.
     """
     offsets = vector_offsets(config)
     qkv, head = layouts["qkv_proj"], layouts["lm_head"]
@@ -167,6 +169,7 @@ def kernel_defines(
         "OWN_HEAD_TILES": ceil_div(head.tiles, blocks),
         "MAX_QUERIED": MAX_QUERIED,
         "BULK_COPIES": int(bulk_copies),
+        "COPIES_IN_FLIGHT": in_flight,
         "TEST_PAUSES": int(test_pauses),
         "STAGE_TIMES": int(stage_times),
     }
@@ -183,6 +186,15 @@ def mail(number: int, token: int, append: bool = False) -> int:
 def has_bulk_copies(arch: str) -> bool:
     """Whether an architecture such as "sm_90" has bulk copies and barriers that count them."""
     return int(arch.removeprefix("sm_")) >= 90
+
+
+def copies_in_flight(bandwidth: float, blocks: int, layouts: dict[str, MatrixLayout]) -> int:
+    """How many copies each ring must have under way to keep a memory of `bandwidth` bytes/s busy.
+
+    By Little's law. Not more: they would fill the queues in which packets wait too.
+    """
+    together = blocks * WARPS * max(layout.slot_bytes for layout in layouts.values())
+    return max(1, math.ceil(bandwidth * COPY_SECONDS / together))
 
 
 def layer_bytes(layouts: dict[str, MatrixLayout]) -> int:

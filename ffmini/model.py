@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import gpu
-from .candidates import Candidates, Query
+from .candidates import Query
 from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
 from .convert import pack_checkpoint
@@ -106,7 +106,7 @@ class _Run:
     """One generation under way: the loop of pass, sample, decode, taken one token at a time."""
 
     def __init__(self, model: Model, prompt: np.ndarray, options: GenerationOptions, ahead: bool) -> None:
-        """`ahead`: each step follows the one before at once, so the decoder may begin passes in advance."""
+        """`ahead`: each step follows the one before at once, so passes may begin in advance."""
         self.finish_reason: str | None = None
         self._model = model  # not its decoder: a run that is kept must not keep the weights
         self._prompt = prompt
@@ -115,19 +115,27 @@ class _Run:
         self._sampler = Sampler(options, prompt, model.config.eos_token_ids, model.config.vocab_size)
         self._pieces = model.tokenizer.stream(prompt.tolist())
         self._filter = StopFilter(options.stop)
+        self._has_stops = len(options.stop) > 0
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] | None = None if options.logprobs is None else []
         self._text: list[str] = []
+        self._begun = False  # whether the next token's pass is
         self._prompt_seconds = self._generation_seconds = 0.0
         if self._budget == 0:
             self.finish_reason = "length"
 
     def step(self) -> str:
         """Make one more token; returns the text that can be shown now. Not to be called after the finish."""
-        candidates = self._next_candidates()
         began = perf_counter()
-        token, logprobs = self._sampler.sample(candidates)
+        if not self._begun:
+            self._begin()
+        token, logprobs = self._sampler.sample(self._model._decoder.candidates())
+        self._begun = False
+        if not self._tokens:
+            self._prompt_seconds, began = perf_counter() - began, perf_counter()
         self._tokens.append(token)
+        if self._surely_goes_on(token):
+            self._begin()  # the text can wait while the pass runs
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(logprobs)
         shown = self._show(token)
@@ -155,19 +163,21 @@ class _Run:
             seed=self._sampler.seed,
         )
 
-    def _next_candidates(self) -> Candidates:
-        """What the pass of the prompt, or of the newest token, says to the sampler's query."""
-        began = perf_counter()
+    def _surely_goes_on(self, token: int) -> bool:
+        """Whether another token follows `token` at once, whatever the text is."""
+        ends = token in self._sampler.end_token_ids or len(self._tokens) == self._budget
+        return self._ahead and not ends and not self._has_stops
+
+    def _begin(self) -> None:
+        """Start the passes of the prompt, or of the newest token, for the sampler's query."""
         decoder, query = self._model._decoder, self._sampler.query()
         prompt, new = len(self._prompt), len(self._tokens)
         ahead = self._ahead and new + 1 < self._budget
         if new == 0:
-            candidates = _run_prompt(decoder, self._prompt, query, ahead)
-            self._prompt_seconds = perf_counter() - began
+            _begin_prompt(decoder, self._prompt, query, ahead)
         else:
-            candidates = decoder.candidates(np.array(self._tokens[-1:]), prompt + new - 1, query, ahead)
-            self._generation_seconds += perf_counter() - began
-        return candidates
+            decoder.begin(np.array(self._tokens[-1:]), prompt + new - 1, query, ahead)
+        self._begun = True
 
     def _show(self, token: int) -> str:
         """Text that becomes visible with `token`; sets finish_reason if it is the last one."""
@@ -478,12 +488,12 @@ def _say(text: str) -> None:
     print(f"ffmini: {text}", file=sys.stderr, flush=True)
 
 
-def _run_prompt(decoder: Decoder, ids: np.ndarray, query: Query, ahead: bool) -> Candidates:
-    """What the passes of the token ids `ids` [n], n > 0, say to `query` of the logits after the last."""
+def _begin_prompt(decoder: Decoder, ids: np.ndarray, query: Query, ahead: bool) -> None:
+    """Start the passes of the token ids `ids` [n], n > 0; the decoder's candidates() follow the last."""
     last = (len(ids) - 1) // PROMPT_CHUNK * PROMPT_CHUNK
     for start in range(0, last, PROMPT_CHUNK):
         decoder.forward(ids[start : start + PROMPT_CHUNK], start, "none")
-    return decoder.candidates(ids[last:], last, query, ahead)
+    decoder.begin(ids[last:], last, query, ahead)
 
 
 _last_lock = threading.Lock()

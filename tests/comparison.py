@@ -6,6 +6,7 @@ import numpy as np
 
 from ffmini.candidates import Candidates, Query
 from ffmini.cpu import CPUDecoder
+from ffmini.gpu import GPUDecoder
 from ffmini.kernel import LISTED
 from ffmini.layout import TILE_ROWS, ceil_div
 from ffmini.numerics import from_bf16
@@ -88,6 +89,14 @@ def check_residual(
     padded[:, : x.shape[1]] = x
     squares = np.square(padded).reshape(len(x), -1, TILE_ROWS).sum(axis=-1)
     assert error(stage[f"{name}_squares"], squares) <= 2 * FP32_TOLERANCE, what
+
+
+def ask(
+    decoder: CPUDecoder | GPUDecoder, tokens: np.ndarray, start: int, asked: Query, ahead: bool = False
+) -> Candidates:
+    """What the decoder says of `tokens` [R] at positions start .. start + R - 1."""
+    decoder.begin(tokens, start, asked, ahead)
+    return decoder.candidates()
 
 
 def check_logits(packed_error: float, own_error: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from comparison import ask
 from tiny import tiny_config, tiny_prompt, write_checkpoint
 
 import ffmini.cpu
@@ -270,7 +271,7 @@ def test_candidates_are_of_the_last_row(make_model: MakeModel, precision: str) -
     decoder = make_decoder(packed, precision=precision)
     decoder.forward(tokens[:5], 0, "none")
     for ahead in (False, True):
-        found = decoder.candidates(tokens[5:], 5, Query(queried, np.float32(2)), ahead)
+        found = ask(decoder, tokens[5:], 5, Query(queried, np.float32(2)), ahead)
         decoder.settle()
         assert found.queried.tolist() == logits[queried].tolist()
         assert (found.fetch().dtype, found.fetch().tolist()) == (np.float32, logits.tolist())

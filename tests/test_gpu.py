@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comparison import check_candidates, check_logits, check_stages, error, flat, query, share_cache
+from comparison import ask, check_candidates, check_logits, check_stages, error, flat, query, share_cache
 from packets import PACKET, stages
 from tiny import FAMILIES, tiny_config, tiny_prompt, write_checkpoint
 
@@ -249,7 +249,7 @@ def test_candidates(tmp_path: Path, shape: str, dtype: str) -> None:
             tokens, logits = prompt[:length], decoder.forward(prompt[:length], 0)[0]
             ids = logits.argsort()[-min(count, vocab) :] if count else np.zeros(0, int)
             asked = query(ids, temperature)
-            found = [decoder.candidates(tokens, 0, asked) for _ in range(2)]
+            found = [ask(decoder, tokens, 0, asked) for _ in range(2)]
             check_candidates(found[1], logits, ids, temperature)
             repeated = [found[1].total, *found[1].ids], [found[0].total, *found[0].ids]
             assert repeated[0] == repeated[1]
@@ -260,7 +260,7 @@ def test_a_whole_vocabulary_queried(tmp_path: Path) -> None:
     packed = pack(tmp_path, "llama2", "bf16", vocab_size=64)
     decoder = gpu.GPUDecoder(packed, 32, progress=False)
     for ids in (np.arange(64), np.arange(5)):  # no others; all of them listed
-        found = decoder.candidates(np.array([1, 2]), 0, query(ids))
+        found = ask(decoder, np.array([1, 2]), 0, query(ids))
         assert found.complete
         check_candidates(found, found.fetch(), ids, 1.0)
     decoder.close()
@@ -273,7 +273,7 @@ def run_greedily(decoder: gpu.GPUDecoder, count: int, ahead: bool, pause: float 
     for position in range(count):
         if token not in ids:
             ids.append(token)
-        found = decoder.candidates(np.array([token]), position, query(ids, 0.8), ahead=ahead)
+        found = ask(decoder, np.array([token]), position, query(ids, 0.8), ahead=ahead)
         results.append(flat(found))
         token = int(found.ids[0])
         time.sleep(pause)
@@ -320,13 +320,13 @@ def test_a_generation_that_is_abandoned(tmp_path: Path, monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.setattr(decoder, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
-                decoder.candidates(np.array([5]), 12, query([1]), ahead=True)
+                ask(decoder, np.array([5]), 12, query([1]), ahead=True)
         assert np.array_equal(decoder.forward(np.array([1, 2, 3]), 0), plain)
     assert same(run_greedily(decoder, 12, ahead=True), expected)
     decoder.settle()
     decoder.launch(1, np.array([1]), 0, 1)
-    assert np.array_equal(decoder.finish(1)[0], decoder.candidates(np.array([1]), 0, query([])).fetch())
-    decoder.candidates(np.array([1]), 0, query([]), ahead=True)
+    assert np.array_equal(decoder.finish(1)[0], ask(decoder, np.array([1]), 0, query([])).fetch())
+    ask(decoder, np.array([1]), 0, query([]), ahead=True)
     decoder.close()
 
 
@@ -336,7 +336,7 @@ def interrupt(*_: Any) -> None:
 
 def test_many_passes_ahead(tmp_path: Path) -> None:
     """20,000 tokens, across the wrap of the pass number, with pauses about as long as a pass waits."""
-    packed = pack(tmp_path, "llama2", "int4", num_hidden_layers=1, vocab_size=64)
+    packed = pack(tmp_path, "llama2", "int4", num_hidden_layers=1, vocab_size=96)
     decoder = gpu.GPUDecoder(packed, 64, rows=(1,), test_pauses=True, progress=False)
     expected = run_greedily(decoder, 64, ahead=False)
     decoder._args["token_limit_ns"] = 200_000
@@ -354,7 +354,7 @@ def test_non_finite_candidates_raise(tmp_path: Path) -> None:
     decoder = gpu.GPUDecoder(packed, 64, progress=False)
     for _ in range(2):
         with pytest.raises(GenerationError, match="non-finite"):
-            decoder.candidates(np.array([1]), 0, query([3]), ahead=True)
+            ask(decoder, np.array([1]), 0, query([3]), ahead=True)
     decoder.close()
 
 

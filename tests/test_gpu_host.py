@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comparison import check_candidates, query
+from comparison import ask, check_candidates, query
 
 from ffmini import gpu
 from ffmini.candidates import MAX_QUERIED, Candidates, Query
@@ -107,6 +107,7 @@ class HostSide(gpu.GPUDecoder):
         self._pass = self._checked = self._listed = 0
         self._gave_up: Any = np.zeros(1, np.uint32)
         self._waiting, self._closed = None, False
+        self._begun = None
         self._queried_ids = np.zeros(0, np.int32)
         memory = np.zeros(HostMemory.nbytes(4, BLOCKS), np.uint8)
         self._host = HostMemory.inside(memory, 4, BLOCKS)
@@ -173,12 +174,12 @@ def check(found: Candidates, token: int, position: int, asked: Query) -> None:
 def test_tokens_one_after_the_other() -> None:
     """Each token goes to the pass that waits for it, and joins the queried ids; none waits at the end."""
     decoder, ids = HostSide(), [3, 5]
-    check(decoder.candidates(np.arange(1, 7), 0, query(ids), ahead=True), 6, 5, query(ids))
+    check(ask(decoder, np.arange(1, 7), 0, query(ids), ahead=True), 6, 5, query(ids))
     for position in range(6, MAX_SEQ_LEN):
         token = 7 * position
         if token not in ids and position % 3:
             ids.append(token)
-        found = decoder.candidates(np.array([token]), position, query(ids), ahead=True)
+        found = ask(decoder, np.array([token]), position, query(ids), ahead=True)
         check(found, token, position, query(ids))
     assert decoder._waiting is None
     plain = [(0, "plain"), (4, "plain")]
@@ -194,12 +195,12 @@ def test_other_calls_than_the_awaited_one(ahead: bool) -> None:
     calls += [(7, query([8], 0.5)), (8, query([8, 8 + 50], 0.5))]
     for position, asked in calls:
         check(
-            decoder.candidates(np.array([position + 50]), position, asked, ahead),
+            ask(decoder, np.array([position + 50]), position, asked, ahead),
             position + 50,
             position,
             asked,
         )
-    check(decoder.candidates(np.array([1, 2]), 9, query([]), ahead), 2, 10, query([]))
+    check(ask(decoder, np.array([1, 2]), 9, query([]), ahead), 2, 10, query([]))
     outcomes = [outcome for _, outcome in decoder.outcomes()]
     assert outcomes.count("awaited") == ahead and outcomes.count("left") == 6 * ahead
 
@@ -208,7 +209,7 @@ def test_a_late_token() -> None:
     """The waiting pass has left when the token comes, or just before: the pass is launched again."""
     decoder = HostSide(token_seconds=0.1)
     for position in range(8):
-        found = decoder.candidates(np.array([position]), position, query([1]), ahead=True)
+        found = ask(decoder, np.array([position]), position, query([1]), ahead=True)
         check(found, position, position, query([1]))
         time.sleep((0, 0.099, 0.101, 0.2)[position % 4])
     assert {outcome for _, outcome in decoder.outcomes()} >= {"plain", "awaited", "no token"}
@@ -217,7 +218,7 @@ def test_a_late_token() -> None:
 def test_a_pass_that_lost_its_token_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Delivered when the pass has already left: no error, and its ids are as asked."""
     decoder = HostSide(token_seconds=0.0)
-    decoder.candidates(np.array([4]), 0, query([1]), ahead=True)
+    ask(decoder, np.array([4]), 0, query([1]), ahead=True)
     decoder.fake.queue.join()
     no_token, decoder._host.status["no_token"] = decoder._host.status["no_token"].copy(), 0
 
@@ -227,20 +228,20 @@ def test_a_pass_that_lost_its_token_on_the_way(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(decoder._cupy.cuda.runtime, "eventQuery", show)
     asked = query([1, 6])
-    check(decoder.candidates(np.array([6]), 1, asked, ahead=True), 6, 1, asked)
+    check(ask(decoder, np.array([6]), 1, asked, ahead=True), 6, 1, asked)
 
 
 def test_plain_passes_between() -> None:
     """forward() and settle() make a waiting pass leave; an answer's logits are not those of a later pass."""
     decoder = HostSide()
-    first = decoder.candidates(np.array([4]), 0, query([1]), ahead=True)
+    first = ask(decoder, np.array([4]), 0, query([1]), ahead=True)
     assert np.array_equal(decoder.forward(np.array([9]), 1)[0], logits_of_pass(9, 1))
     with pytest.raises(ValueError, match="an earlier one asked for"):
         first.fetch()
-    decoder.candidates(np.array([4]), 2, query([1]), ahead=True)
+    ask(decoder, np.array([4]), 2, query([1]), ahead=True)
     decoder.settle()
     decoder.settle()
-    check(decoder.candidates(np.array([5]), 3, query([1])), 5, 3, query([1]))
+    check(ask(decoder, np.array([5]), 3, query([1])), 5, 3, query([1]))
     assert [outcome for _, outcome in decoder.outcomes()] == [
         "plain",
         "left",
@@ -263,12 +264,12 @@ def test_plain_passes_between() -> None:
 def test_trouble(trouble: str, error: type[Exception], match: str, awaited: bool) -> None:
     """Nothing hangs; the decoder goes on afterwards, as do passes that were queued by launch()."""
     decoder = HostSide()
-    decoder.candidates(np.array([4]), 0, query([1]), ahead=awaited)
+    ask(decoder, np.array([4]), 0, query([1]), ahead=awaited)
     decoder.fake.trouble = trouble
     with pytest.raises(error, match=match):
-        decoder.candidates(np.array([6]), 1, query([1, 6]), ahead=True)
+        ask(decoder, np.array([6]), 1, query([1, 6]), ahead=True)
     decoder.launch(1, np.array([6]), 1, 0)
-    check(decoder.candidates(np.array([6]), 1, query([1, 6]), ahead=True), 6, 1, query([1, 6]))
+    check(ask(decoder, np.array([6]), 1, query([1, 6]), ahead=True), 6, 1, query([1, 6]))
 
 
 def test_the_numbers_run_out() -> None:
@@ -276,7 +277,7 @@ def test_the_numbers_run_out() -> None:
     last = (2**32 - 1 - 2) // 3
     decoder._pass = decoder._checked = last - 9
     for position in range(20):
-        found = decoder.candidates(np.array([position]), position, query([]), ahead=True)
+        found = ask(decoder, np.array([position]), position, query([]), ahead=True)
         check(found, position, position, query([]))
     assert decoder._pass < 30
 
@@ -284,6 +285,6 @@ def test_the_numbers_run_out() -> None:
 def test_bad_queries() -> None:
     decoder = HostSide()
     with pytest.raises(ValueError, match=r"queried ids must be in \[0, 300\), found 2 to 300"):
-        decoder.candidates(np.array([1]), 0, query([2, 300]))
+        ask(decoder, np.array([1]), 0, query([2, 300]))
     with pytest.raises(ValueError, match=r"expected at most 1024 queried ids \[n\], found \[1025\]"):
-        decoder.candidates(np.array([1]), 0, query(list(range(1025))))
+        ask(decoder, np.array([1]), 0, query(list(range(1025))))

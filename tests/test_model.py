@@ -103,9 +103,12 @@ class ScriptedDecoder:
         finally:
             self._inside.release()
 
-    def candidates(self, tokens, start, query, ahead=False):
+    def begin(self, tokens, start, query, ahead=False):
         self.ahead.append(ahead)
-        return summarise(self.forward(tokens, start)[0], query)
+        self._said = summarise(self.forward(tokens, start)[0], query)
+
+    def candidates(self):
+        return self._said
 
     def settle(self):
         self.settled += 1
@@ -424,8 +427,8 @@ def test_timings_are_of_the_work_not_of_the_reader(scripted, monkeypatch):
     stream = scripted("hello").stream("go")
     for _ in stream:
         next(now)
-    # The prompt's pass, then six samples and five passes.
-    assert stream.completion.timings == Timings(1, 2 / 1, 11, 5 / 11)
+    # The prompt and its sample, its text, then five steps.
+    assert stream.completion.timings == Timings(1, 2 / 1, 6, 5 / 6)
 
 
 def test_chat_renders_the_messages_and_answers(scripted, tokenizer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,13 +10,10 @@ from ffmini.errors import FFMiniError
 from ffmini.kernel import compile_cubin, device_sources
 
 
-def compile_tool(
-    source: str, defines: dict[str, str], arch: str, headers: Mapping[str, str] | None = None
-) -> tuple[bytes, str]:
-    """What compile_cubin gives for `source` of this directory with `headers` (default: those of cuda/)."""
+def compile_tool(source: str, defines: dict[str, str], arch: str) -> tuple[bytes, str]:
+    """What compile_cubin gives for `source` of this directory with the headers of cuda/."""
     text = (Path(__file__).parent / source).read_text(encoding="utf-8")
-    sources = dict(device_sources() if headers is None else headers)
-    return compile_cubin(defines, arch, source, sources | {source: text})
+    return compile_cubin(defines, arch, source, dict(device_sources()) | {source: text})
 
 
 def load_tool(cupy: ModuleType, cubin: bytes, path: Path) -> Any:

@@ -57,6 +57,7 @@ def report(arch: str, config: ModelConfig, dtype: str, many_rows: bool) -> Repor
         shared_limit=limit,
         blocks=blocks,
         bulk_copies=has_bulk_copies(arch),
+        in_flight=1,
     )
     start = time.perf_counter()
     cubin, log = compile_cubin(defines, arch)

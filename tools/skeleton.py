@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
 import statistics
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -32,6 +30,7 @@ from ffmini.gpu import (
     free_memory,
     import_cupy,
     kv_cache_bytes,
+    memory_bandwidth,
     read_global,
     why_unusable,
 )
@@ -39,7 +38,7 @@ from ffmini.kernel import (
     BUILD_INFO,
     PASS_ARGS,
     STATUS,
-    device_sources,
+    copies_in_flight,
     has_bulk_copies,
     kernel_defines,
     layer_bytes,
@@ -62,7 +61,7 @@ class Form:
     dtype: str
     position: int  # of the pass's row: so many keys and values are before it
     exchanges: int  # of a layer
-    in_flight: int | None  # copies under way per ring; None: as cuda/stream.cuh has it
+    in_flight: int  # copies under way per ring
     bulk_copies: bool
 
     def compile(self, arch: str, shared_limit: int, blocks: int) -> tuple[bytes, str]:
@@ -75,26 +74,16 @@ class Form:
             shared_limit=shared_limit,
             blocks=blocks,
             bulk_copies=self.bulk_copies,
+            in_flight=self.in_flight,
         )
         defines["EXCHANGES"] = str(self.exchanges)
-        return compile_tool("skeleton.cu", defines, arch, headers_with(self.in_flight))
+        return compile_tool("skeleton.cu", defines, arch)
 
     def pass_bytes(self) -> int:
         """Bytes of every layer's four matrices, of the lm_head, and of keys and values before the row."""
         layouts = make_layouts(self.config, self.dtype)
         matrices = self.config.num_layers * layer_bytes(layouts) + layouts["lm_head"].nbytes
         return matrices + kv_cache_bytes(self.config, self.position)
-
-
-def headers_with(in_flight: int | None) -> Mapping[str, str]:
-    """cuda/ with `in_flight` copies under way per ring; ValueError if stream.cuh lacks the constant."""
-    headers = dict(device_sources())
-    if in_flight is not None:
-        pattern = r"(constexpr int MAX_IN_FLIGHT = )\d+;"
-        headers["stream.cuh"], count = re.subn(pattern, rf"\g<1>{in_flight};", headers["stream.cuh"])
-        if count != 1:
-            raise ValueError(f"stream.cuh: expected one MAX_IN_FLIGHT, found {count}")
-    return headers
 
 
 class Skeleton:
@@ -219,7 +208,10 @@ def make_form(args: argparse.Namespace, cupy: ModuleType) -> Form:
     bulk_copies = has_bulk_copies(device_arch(cupy)) and not args.cp_async
     if args.in_flight is not None and not bulk_copies:
         raise ValueError("--in-flight: a ring of bulk copies expected, found one of cp.async")
-    return Form(config, args.dtype, args.position, args.exchanges, args.in_flight, bulk_copies)
+    blocks = cupy.cuda.runtime.getDeviceProperties(0)["multiProcessorCount"]
+    layouts = make_layouts(config, args.dtype)
+    in_flight = args.in_flight or copies_in_flight(memory_bandwidth(), blocks, layouts)
+    return Form(config, args.dtype, args.position, args.exchanges, in_flight, bulk_copies)
 
 
 def main() -> None:

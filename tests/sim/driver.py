@@ -192,6 +192,7 @@ class SimDecoder:
         seed: int = 0,
         shared_limit: int = SHARED_LIMIT,
         bulk_copies: bool = True,
+        in_flight: int = 2,
         test_pauses: bool = False,
         stage_times: bool = False,
         cuda: Path | None = None,
@@ -210,6 +211,7 @@ class SimDecoder:
             shared_limit=shared_limit,
             blocks=1,  # room for every tile in one block is room for any grid
             bulk_copies=bulk_copies,
+            in_flight=in_flight,
             test_pauses=test_pauses,
             stage_times=stage_times,
         )
