@@ -193,7 +193,7 @@ __device__ __forceinline__ void multiply_into_residual(Block& block, Stage stage
         if (bias != nullptr && tile * TILE_ROWS + output < HIDDEN_SIZE)
             sum += bias[tile * TILE_ROWS + output];
         float* residual = block.shared()->residual + (own_tile * ROWS + row) * TILE_ROWS + output;
-        const float x = *residual + sum;
+        const float x = (valid ? *residual : 0.0f) + sum;
         if (valid) *residual = x;
         publish_residual(block, packets + row * HIDDEN_PACKETS, tile, x,
                          block.shared()->next_norm[own_tile * TILE_ROWS + output], tag, valid);
