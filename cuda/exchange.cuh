@@ -159,3 +159,19 @@ __device__ __forceinline__ bool receive(const Block& block, int count, uint32_t 
     }
     return receive_some<BATCH>(block.args, block.thread, THREADS, count, tag, where, at, take);
 }
+
+// ---- what the host must know of a build ----
+
+// Read from the loaded module.
+struct BuildInfo {
+    uint64_t exchange_packets;
+    uint32_t shared_bytes;
+    uint32_t threads;
+    uint32_t ring_slots;
+    uint32_t args_bytes;
+    uint32_t marks;
+};
+extern "C" {
+__constant__ BuildInfo ffmini_build_info = {EXCHANGE_PACKETS, SHARED_BYTES,     BLOCK_THREADS,
+                                            RING_SLOTS,       sizeof(PassArgs), MARKS};
+}

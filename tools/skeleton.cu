@@ -151,17 +151,3 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     Block block(args, shared_memory);
     if (!run_pass(block)) block.stream.abandon();
 }
-
-// As ffmini.cu's, under the same name.
-struct BuildInfo {
-    uint64_t exchange_packets;
-    uint32_t shared_bytes;
-    uint32_t threads;
-    uint32_t ring_slots;
-    uint32_t args_bytes;
-    uint32_t marks;
-};
-extern "C" {
-__constant__ BuildInfo ffmini_build_info = {EXCHANGE_PACKETS, SHARED_BYTES,     BLOCK_THREADS,
-                                            RING_SLOTS,       sizeof(PassArgs), MARKS};
-}
