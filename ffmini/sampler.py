@@ -1,10 +1,11 @@
 """Picks the next token from what a pass says of its logits, with NumPy on the host.
 
 Order: repetition, presence and frequency penalty, logit_bias, the ban on ending before min_new_tokens,
-temperature, top_k, top_p, min_p, then one draw by the inverse of the distribution function over the
-surviving tokens in ascending order of id. Each emitted token, a greedy one too, uses up one number of
-PCG64(seed), so token i of a text always meets random number i, whatever the options and the device.
-Wherever tokens are equally likely the lower id wins.
+temperature, top_k, top_p, min_p, then one draw by the inverse of the distribution function: over the
+tokens that survive truncation in the order of their ranking (below), over the whole vocabulary in ascending
+order of id if nothing truncates. Each emitted token, a greedy one too, uses up one number of PCG64(seed), so
+token i of a text always meets random number i, whatever the options and the device. Wherever tokens are
+equally likely the lower id wins.
 
 The logits after penalties, bias and bans are called scores. All truncation keeps a beginning of the ranking,
 which is the tokens by descending score. So the exact candidates often decide; where they do not, all logits
@@ -79,7 +80,7 @@ def rank(candidates: Candidates, ids: np.ndarray, scores: np.ndarray, wanted: in
 def weigh(scores: np.ndarray, top: np.float32, inverse_temperature: np.float32) -> np.ndarray:
     """Unnormalised probabilities (float64 [n]) of `scores` [n]; one equal to `top` has 1."""
     weights = scores.astype(np.float64)
-    weights -= top  # in place: for a whole vocabulary fresh memory costs more than the arithmetic
+    weights -= float(top)  # in place: for a whole vocabulary fresh memory costs more than the arithmetic
     weights *= inverse_temperature  # as a float32, which is what the decoder's normaliser has
     return np.exp(weights, out=weights)
 
@@ -87,7 +88,7 @@ def weigh(scores: np.ndarray, top: np.float32, inverse_temperature: np.float32) 
 def survivors(
     ranking: Ranking, options: GenerationOptions, inverse_temperature: np.float32, total: float
 ) -> np.ndarray | None:
-    """What top_k, top_p and min_p leave: weights (float64 [n]) of the first n tokens of the ranking.
+    """What top_k, top_p and min_p leave: running sums (float64 [n]) of the first n tokens' weights.
 
     `total` is the weight of the whole vocabulary, the most likely token having 1; top_p needs it where
     top_k is 0. None if the ranking is not long enough to tell; it is if it is complete, or
@@ -100,29 +101,28 @@ def survivors(
     scores = ranking.scores[:k] if k else ranking.scores
     decided = ranking.complete or 0 < k == len(scores)
     weights = weigh(scores, scores[0], inverse_temperature)
+    reached = np.add.accumulate(weights)
     if options.top_p < 1:
         if k and not decided:
             return None
-        reached = weights.cumsum()
-        target = options.top_p * (reached[-1] if k else total)
+        target = options.top_p * (reached.item(-1) if k else total)
         keep = 1 + int(reached.searchsorted(target, side="left"))
-        decided |= keep <= len(weights)
-        weights = weights[:keep]
+        decided |= keep <= len(reached)
+        reached = reached[:keep]
     if options.min_p > 0:
-        unlikely = np.flatnonzero(weights < options.min_p)
+        unlikely = np.flatnonzero(weights[: len(reached)] < options.min_p)
         if len(unlikely):
-            decided, weights = True, weights[: unlikely[0]]
-    return weights if decided else None
+            decided, reached = True, reached[: unlikely[0]]
+    return reached if decided else None
 
 
-def draw(weights: np.ndarray, uniform: float) -> int:
-    """The index at which the running sum of `weights` [n] passes `uniform` times their total.
+def draw(reached: np.ndarray, uniform: float) -> int:
+    """The index at which `reached` [n], the running sums of n weights, passes `uniform` times their total.
 
     `uniform` is in [0, 1); an index without weight is never taken.
     """
-    reached = weights.cumsum()
     # The largest uniform is 1 - 2**-53: its product with the total, rounded, is still below the total.
-    return int(reached.searchsorted(uniform * reached[-1], side="right"))
+    return int(reached.searchsorted(uniform * reached.item(-1), side="right"))
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -267,8 +267,8 @@ class Sampler:
             ranking = rank(candidates, ids, altered, 1)
             _require_choice(ranking.scores[0])
             return int(ranking.ids[0])
-        if not (self._truncates or candidates.complete):
-            return None
+        if not self._truncates:
+            return self._from_all(candidates, altered, uniform) if candidates.complete else None
         count = options.top_k or _FIRST_RANKED
         while True:
             ranking = rank(candidates, ids, altered, count)
@@ -288,7 +288,7 @@ class Sampler:
         if self._options.temperature == 0:
             return int(scores.argmax())
         if not self._truncates:
-            return draw(weigh(scores, top, self._inverse_temperature), uniform)
+            return self._draw_any(scores, top, uniform)
         total = 0.0
         if self._needs_total and altered is None:
             total = float(weigh(scores, top, self._inverse_temperature).sum())
@@ -303,11 +303,20 @@ class Sampler:
 
     def _pick(self, ranking: Ranking, total: float, uniform: float) -> int | None:
         """The token drawn from the survivors; None if the ranking is not long enough."""
-        weights = survivors(ranking, self._options, self._inverse_temperature, total)
-        if weights is None:
-            return None
-        order = ranking.ids[: len(weights)].argsort()
-        return int(ranking.ids[order[draw(weights[order], uniform)]])
+        reached = survivors(ranking, self._options, self._inverse_temperature, total)
+        return None if reached is None else int(ranking.ids[draw(reached, uniform)])
+
+    def _from_all(self, candidates: Candidates, altered: np.ndarray, uniform: float) -> int:
+        """The token drawn from the whole vocabulary, which the candidates and what was queried make up."""
+        scores = np.empty(len(candidates.ids) + len(altered), np.float32)
+        scores[candidates.ids], scores[self._query.token_ids] = candidates.logits, altered
+        top = scores.max()
+        _require_choice(top)
+        return self._draw_any(scores, top, uniform)
+
+    def _draw_any(self, scores: np.ndarray, top: np.float32, uniform: float) -> int:
+        """The token drawn from all of `scores` [vocab_size], the highest of which is `top`."""
+        return draw(np.add.accumulate(weigh(scores, top, self._inverse_temperature)), uniform)
 
     def _total(self, candidates: Candidates, altered: np.ndarray, top: np.float32) -> float:
         """The weight of the whole vocabulary: of the others as the decoder says, and of `altered`."""

@@ -49,7 +49,9 @@ def distribution(scores, **options):
     inverse = np.float32(1 / options.temperature)
     order = largest(scores, len(scores))
     total = weigh(scores, scores.max(), inverse).sum()
-    weights = survivors(Ranking(order, scores[order], True), options, inverse, total)
+    reached = survivors(Ranking(order, scores[order], True), options, inverse, total)
+    weights = weigh(scores[order], scores.max(), inverse)[: len(reached)]
+    assert np.array_equal(reached, weights.cumsum())
     ids = order[: len(weights)]
     return np.sort(ids), weights[ids.argsort()]
 
@@ -128,13 +130,23 @@ def test_a_tiny_temperature_is_greedy(temperature):
 def test_draw_never_takes_an_index_without_weight(weights, uniform):
     weights[len(weights) // 2] = 0.3
     for u in (uniform, 0.0, np.nextafter(1, 0)):
-        assert weights[draw(weights, u)] > 0
+        assert weights[draw(weights.cumsum(), u)] > 0
 
 
 def test_draw_inverts_the_distribution_function():
     weights = np.array([1.0, 2.0, 1.0])
-    drawn = [draw(weights, u) for u in (0.0, 0.2499, 0.25, 0.7499, 0.75, 0.999)]
+    drawn = [draw(weights.cumsum(), u) for u in (0.0, 0.2499, 0.25, 0.7499, 0.75, 0.999)]
     assert drawn == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("top_k, order", [(0, [0, 1, 2, 3]), (3, [1, 2, 0])])
+def test_the_draw_goes_by_id_or_where_something_truncates_by_likelihood(top_k, order):
+    p = np.array([0.2, 0.4, 0.3, 0.1])
+    logits = np.log(p).astype(np.float32)
+    numbers = np.random.Generator(np.random.PCG64(5)).random(50)
+    reached = np.cumsum(p[order] / p[order].sum())
+    sampler = make_sampler(4, seed=5, temperature=1.0, top_k=top_k)
+    assert [pick(sampler, logits) for _ in numbers] == [order[np.searchsorted(reached, u)] for u in numbers]
 
 
 @pytest.mark.parametrize(
