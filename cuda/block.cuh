@@ -53,8 +53,21 @@ struct WarpCandidates {
     float sum;
 };
 
+// The whole grid's lists of one row, in the block that merges them.
+struct GatheredCandidates {
+    uint64_t entry[MAX_BLOCKS * LISTED];  // as they came; then the exact ones, in any order
+    uint64_t sorted[MOST_LISTED];
+    uint64_t first[WARPS];  // of each warp's share of the packets: the first entry,
+    uint64_t bound[WARPS];  // the first of those that end a list
+    float listed[WARPS];    // how many there are,
+    float total[WARPS];     // and their blocks' sums
+    float sum[MAX_BLOCKS];
+    uint32_t count;  // of the exact ones
+};
+
 struct CandidateScratch {
     WarpCandidates of[ROWS][WARPS];
+    GatheredCandidates gathered;
 };
 
 #if BULK_COPIES

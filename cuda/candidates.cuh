@@ -1,35 +1,52 @@
-// What a pass leaves for the host besides the logits, which few tokens need all of: the most likely tokens
-// of each block, the sum of all exponentials, and the logits of the tokens that the host asked for. And how
-// a pass that was launched ahead gets its token.
+// What a pass leaves for the host besides the logits, which few tokens need all of: the most likely tokens,
+// the sum of all exponentials, and the logits of the tokens that the host asked for. And how a pass that was
+// launched ahead gets its token.
 //
-// Results are packets as those of exchange.cuh, in the host's memory, with the pass number as their tag. The
-// host polls them; it has everything when all tags are there, and no fence stands on the path.
+// Each block lists its own most likely tokens; one block merges the lists of a row. Results are packets as
+// those of exchange.cuh, in the host's memory, with the pass number as their tag. The host polls the header,
+// then what it announces; it has everything when all tags are there, and no fence stands on the path.
 #pragma once
 
 #include "exchange.cuh"
 
 // ---- the awaited token ----
 
-// The mail of this pass; MAIL_LEAVE if none comes in time, or if another block got none.
-__device__ __forceinline__ uint32_t await_mail(const PassArgs& args) {
+// The mail of this pass; MAIL_LEAVE if none comes in time. Of one thread of the grid: every look at the
+// host's memory is a round trip over PCIe.
+__device__ __forceinline__ uint32_t read_mailbox(const PassArgs& args) {
     const uint64_t deadline = global_timer_ns() + args.token_limit_ns;
     for (;;) {
         const uint64_t mail = load_relaxed_system_64(args.mailbox);
         if (static_cast<uint32_t>(mail) == args.pass) return static_cast<uint32_t>(mail >> 32);
-        if (load_relaxed_32(args.gave_up) == args.pass) return MAIL_LEAVE;
         if (global_timer_ns() < deadline) continue;
         store_relaxed_system_32(&args.status->no_token, args.pass);
-        store_relaxed_32(args.gave_up, args.pass);
         return MAIL_LEAVE;
     }
 }
 
+// The mail, which block 0 hands on to the others; MAIL_LEAVE too where it does not come. Those wait for it as
+// for any packet, which must be longer than token_limit_ns: block 0 may begin a little after them.
+__device__ __forceinline__ uint32_t await_mail(const PassArgs& args, int where) {
+    uint4* packet = mail_packet(args.exchange);
+    const uint32_t tag = tag_of(args, 0);
+    uint32_t mail = MAIL_LEAVE;
+    if (blockIdx.x == 0) {
+        mail = read_mailbox(args);
+        publish(packet, mail, 0, 0, tag);
+    } else {
+        receive_some<1>(
+            args, 0, 1, 1, tag, where, [&](int) { return packet; },
+            [&](int, const uint4& received) { mail = received.x; });
+    }
+    return mail;
+}
+
 // Leaves the mail in shared memory, which every thread may read when it returns. False if the block is to
 // leave the pass.
-__device__ __forceinline__ bool receive_token(const Block& block) {
+__device__ __forceinline__ bool receive_token(const Block& block, int where) {
     bool leaves = false;
     if (block.thread == 0) {
-        const uint32_t mail = await_mail(block.args);
+        const uint32_t mail = await_mail(block.args, where);
         block.shared()->mail = mail;
         leaves = mail == MAIL_LEAVE;
     }
@@ -187,7 +204,7 @@ __device__ __forceinline__ void list_share(const Block& block, int row) {
 
 // One warp merges the warps' lists of a row, their sums in a fixed tree, and publishes what the block has:
 // in each of LISTED packets an entry and the sum relative to the first one.
-__device__ __forceinline__ void publish_candidates(const Block& block, int row, uint4* packets) {
+__device__ __forceinline__ void publish_list(const Block& block, int row) {
     const WarpCandidates* shares = block.candidates()->of[row];
     constexpr int TAKEN = WARPS * LISTED / 32;  // by a lane, of one warp's list
     uint64_t entries[TAKEN];
@@ -201,33 +218,168 @@ __device__ __forceinline__ void publish_candidates(const Block& block, int row, 
     const float scale = rescale(share.entry[0], first, block.args.inverse_temperature[row]);
     const float sum = block.warp_sum(counts ? share.sum * scale : 0.0f);
     if (block.lane() < LISTED) {
-        store_relaxed_system_128(packets + block.lane(), make_uint4(static_cast<uint32_t>(listed),
-                                                                    static_cast<uint32_t>(listed >> 32),
-                                                                    __float_as_uint(sum), block.args.pass));
+        publish(list_packets(block.args.exchange, row) + blockIdx.x * LISTED + block.lane(),
+                static_cast<uint32_t>(listed), static_cast<uint32_t>(listed >> 32), __float_as_uint(sum),
+                tag_of(block.args, NUM_LAYERS));
     }
 }
 
-// What the block says of the wanted rows. Its logits, in global memory, are complete after the block's next
-// barrier, which is here.
-__device__ __forceinline__ void leave_candidates(const Block& block) {
+// ---- the grid's candidates of a row, in one block ----
+
+constexpr int GATHERED = ceil_div(MAX_BLOCKS * LISTED, THREADS);  // entries of a thread, at most
+
+// What is known of the whole row once all lists are there.
+struct RowSummary {
+    uint64_t first;  // entry of all
+    uint64_t bound;  // the last entry whose place is certain
+    bool complete;   // every token that is not queried is in a list
+};
+
+// Leaves the lists in shared memory, and what each warp's share of them says; each thread keeps its own
+// entries. False if a list did not come.
+__device__ __forceinline__ bool receive_lists(const Block& block, int row, uint64_t (&entries)[GATHERED],
+                                              int where) {
+    GatheredCandidates& s = block.candidates()->gathered;
+    const uint4* packets = list_packets(block.args.exchange, row);
+    const int count = static_cast<int>(gridDim.x) * LISTED;
+    const bool arrived = receive_some<GATHERED>(
+        block.args, block.thread, THREADS, count, tag_of(block.args, NUM_LAYERS), where,
+        [&](int index) { return packets + index; },
+        [&](int index, const uint4& packet) {
+            s.entry[index] = static_cast<uint64_t>(packet.y) << 32 | packet.x;
+            if (index % LISTED == 0) s.sum[index / LISTED] = __uint_as_float(packet.z);
+        });
+    uint64_t first = NO_ENTRY, bound = NO_ENTRY;
+    float listed = 0.0f;
+#pragma unroll
+    for (int i = 0; i < GATHERED; ++i) {
+        const int index = block.thread + i * THREADS;
+        const uint64_t entry = index < count ? s.entry[index] : NO_ENTRY;
+        first = entry < first ? entry : first;
+        if (index % LISTED == LISTED - 1) bound = entry < bound ? entry : bound;
+        listed += entry != NO_ENTRY ? 1.0f : 0.0f;
+        entries[i] = entry;
+    }
+    first = first_entry(first), bound = first_entry(bound), listed = block.warp_sum(listed);
+    if (block.lane() == 0) {
+        s.first[block.warp()] = first, s.bound[block.warp()] = bound, s.listed[block.warp()] = listed;
+    }
+    if (block.thread == 0) s.count = 0;
+    return !sync_threads_or<THREADS>(!arrived);
+}
+
+// Nothing that is not listed comes before the last entry of its own, full list: up to the first of these last
+// ones the merged order is exact.
+__device__ __forceinline__ RowSummary summarise(const Block& block, int num_queried) {
+    const GatheredCandidates& s = block.candidates()->gathered;
+    const bool holds = block.lane() < WARPS;
+    const int warp = block.lane() % WARPS;
+    RowSummary row;
+    row.first = first_entry(holds ? s.first[warp] : NO_ENTRY);
+    row.bound = first_entry(holds ? s.bound[warp] : NO_ENTRY);
+    const float listed = block.warp_sum(holds ? s.listed[warp] : 0.0f);
+    row.complete = listed == static_cast<float>(VOCAB_SIZE - num_queried);
+    if (row.complete) row.bound = NO_ENTRY;
+    return row;
+}
+
+// Moves the exact entries together, and adds up the blocks' sums relative to the row's first entry: each
+// thread its own in ascending order, then the lanes in a fixed tree.
+__device__ __forceinline__ void keep_exact(const Block& block, const uint64_t (&entries)[GATHERED],
+                                           const RowSummary& row, float inverse_temperature) {
+    GatheredCandidates& s = block.candidates()->gathered;
+    float total = 0.0f;
+    uint32_t kept = 0;
+#pragma unroll
+    for (int i = 0; i < GATHERED; ++i) {
+        const uint64_t entry = entries[i];
+        if (entry == NO_ENTRY) continue;
+        const int index = block.thread + i * THREADS;
+        if (index % LISTED == 0) {
+            total += s.sum[index / LISTED] * rescale(entry, row.first, inverse_temperature);
+        }
+        kept += entry <= row.bound;
+    }
+    uint32_t place = kept > 0 ? fetch_add_shared(&s.count, kept) : 0;
+#pragma unroll
+    for (int i = 0; i < GATHERED; ++i) {
+        if (entries[i] != NO_ENTRY && entries[i] <= row.bound) s.entry[place++] = entries[i];
+    }
+    total = block.warp_sum(total);
+    if (block.lane() == 0) s.total[block.warp()] = total;
+    sync_threads<THREADS>();
+}
+
+// Sorts the `count` exact entries, the first MOST_LISTED of them: two lanes find the place of one by counting
+// those before it.
+__device__ __forceinline__ void sort_exact(const Block& block, int count) {
+    GatheredCandidates& s = block.candidates()->gathered;
+    for (int begin = 16 * block.warp(); begin < count; begin += THREADS / 2) {
+        const int i = begin + block.lane() / 2;
+        const uint64_t entry = s.entry[min_of(i, count - 1)];
+        uint32_t before = 0;
+#pragma unroll 4
+        for (int other = block.lane() % 2; other < count; other += 2) before += s.entry[other] < entry;
+        before += __shfl_sync(0xffffffff, before, block.lane() ^ 1);
+        if (block.lane() % 2 == 0 && i < count && before < MOST_LISTED) s.sorted[before] = entry;
+    }
+}
+
+// Merges the lists of a row and leaves the result for the host: a header with the number of candidates,
+// whether they are all, and the sum relative to the first one; behind the `num_queried` queried logits the
+// candidates by descending logit, each a token and its logit. False if a list did not come.
+__device__ __forceinline__ bool merge_lists(const Block& block, int row, int num_queried, uint4* packets,
+                                            int where) {
+    const GatheredCandidates& s = block.candidates()->gathered;
+    uint64_t entries[GATHERED];
+    if (!receive_lists(block, row, entries, where)) return false;
+    const RowSummary summary = summarise(block, num_queried);
+    keep_exact(block, entries, summary, block.args.inverse_temperature[row]);
+    const int count = static_cast<int>(s.count), listed = min_of(count, MOST_LISTED);
+    if (block.warp() == WARPS - 1) {
+        const float total = block.warp_sum(block.lane() < WARPS ? s.total[block.lane()] : 0.0f);
+        const bool complete = summary.complete && listed == count;
+        if (block.lane() == 0) {
+            store_relaxed_system_128(packets,
+                                     make_uint4(listed, complete, __float_as_uint(total), block.args.pass));
+        }
+    }
+    sort_exact(block, count);
+    sync_threads<THREADS>();
+    for (int i = block.thread; i < listed; i += THREADS) {
+        const uint64_t entry = s.sorted[i];
+        store_relaxed_system_128(
+            packets + 1 + num_queried + i,
+            make_uint4(static_cast<uint32_t>(entry), 0, __float_as_uint(logit_of(entry)), block.args.pass));
+    }
+    return true;
+}
+
+// What the pass says of the wanted rows. The block's logits, in global memory, are complete after its next
+// barrier, which is here. False if a wait gave up.
+__device__ __forceinline__ bool leave_candidates(const Block& block, int where) {
     const PassArgs& args = block.args;
-    const int listed = static_cast<int>(gridDim.x) * LISTED;  // packets of a row, before the queried tokens
     const auto wanted = [&](int row) { return row < num_rows(args) && (args.logits_rows >> row & 1) != 0; };
-    const auto packets = [&](int row) {
-        return args.candidates + static_cast<uint64_t>(row) * (listed + MAX_QUERIED);
-    };
+    const auto packets = [&](int row) { return args.candidates + row * RESULT_PACKETS; };
     sync_threads<THREADS>();
 #pragma unroll 1
     for (int row = 0; row < num_rows(args); ++row) {
         if (!wanted(row)) continue;
         for_own_queried(block, [&](int i, int token, int) {
             const float logit = args.logits[static_cast<uint64_t>(row) * VOCAB_SIZE + token];
-            store_relaxed_system_128(packets(row) + listed + i,
+            store_relaxed_system_128(packets(row) + 1 + i,
                                      make_uint4(0, 0, __float_as_uint(logit), args.pass));
         });
         list_share(block, row);
     }
     sync_threads<THREADS>();
-    const int row = block.warp();
-    if (wanted(row)) publish_candidates(block, row, packets(row) + blockIdx.x * LISTED);
+    if (wanted(block.warp())) publish_list(block, block.warp());
+    // The last blocks have the fewest tiles: each takes every gridDim.x-th row.
+    const int blocks = static_cast<int>(gridDim.x);
+#pragma unroll 1
+    for (int row = blocks - 1 - static_cast<int>(blockIdx.x); row < num_rows(args); row += blocks) {
+        const int num_queried = args.num_queried + appends(block);
+        if (wanted(row) && !merge_lists(block, row, num_queried, packets(row), where)) return false;
+    }
+    return true;
 }

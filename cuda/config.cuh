@@ -132,7 +132,11 @@ constexpr uint32_t MAIL_APPEND = 1u << 31;  // the token joins the queried ids
 constexpr uint32_t MAIL_TOKEN = MAIL_APPEND - 1;
 constexpr uint32_t MAIL_LEAVE = MAIL_TOKEN;  // instead of a token: nobody wants the pass any more
 
-constexpr int LISTED = 8;  // candidates of a block
+constexpr int LISTED = 8;         // candidates of a block
+constexpr int MOST_LISTED = 256;  // of the grid, which the host gets
+constexpr int MAX_BLOCKS = 192;   // of a grid: there is room for so many lists
+// Of a row: a header, the queried tokens, the candidates (see candidates.cuh).
+constexpr int RESULT_PACKETS = 1 + MAX_QUERIED + MOST_LISTED;
 
 // The kernel's one argument; ffmini/kernel.py holds the same struct as a NumPy dtype, a test compares them.
 struct PassArgs {
@@ -145,10 +149,10 @@ struct PassArgs {
     const float* rope_sin;         // [MAX_SEQ_LEN][HEAD_DIM / 2]
     uint16_t* key_cache;           // bf16 [NUM_LAYERS][num_slots][NUM_KV_HEADS][MAX_SEQ_LEN][HEAD_DIM],
     uint16_t* value_cache;         // the same; within a vector as rotated() says (items.cuh)
-    uint4* exchange;               // [EXCHANGE_PACKETS], zeroed once; see exchange.cuh
-    float* logits;                 // [ROWS][VOCAB_SIZE]
-    int* queried_ids;              // [MAX_QUERIED]: tokens whose logits the host wants to know
-    uint4* candidates;        // the host's memory, [ROWS][blocks * LISTED + MAX_QUERIED]; null: not wanted
+    uint4* exchange;          // [EXCHANGE_PACKETS + blocks * BLOCK_PACKETS], zeroed once; see exchange.cuh
+    float* logits;            // [ROWS][VOCAB_SIZE]
+    int* queried_ids;         // [MAX_QUERIED]: tokens whose logits the host wants to know
+    uint4* candidates;        // the host's memory, [ROWS][RESULT_PACKETS]; null: not wanted
     const uint64_t* mailbox;  // the host's memory; see AWAITED
     Status* status;           // the host's memory
     uint32_t* gave_up;        // the pass that some block has given up: all blocks leave it

@@ -28,8 +28,10 @@ constexpr int PARTIAL_ROW_PACKETS = NUM_HEADS * MAX_SPLITS * PARTIAL_PACKETS;
 
 constexpr int LAYER_PACKETS =
     ROWS * (2 * HIDDEN_PACKETS + QKV_PACKETS + ATTENTION_PACKETS + ACTIVATION_PACKETS);
-constexpr uint64_t EXCHANGE_PACKETS =
-    static_cast<uint64_t>(NUM_LAYERS) * LAYER_PACKETS + ROWS * HIDDEN_PACKETS + ROWS * PARTIAL_ROW_PACKETS;
+constexpr uint64_t PARTIALS_AT = static_cast<uint64_t>(NUM_LAYERS) * LAYER_PACKETS + ROWS * HIDDEN_PACKETS;
+constexpr uint64_t MAIL_AT = PARTIALS_AT + ROWS * PARTIAL_ROW_PACKETS;
+constexpr uint64_t EXCHANGE_PACKETS = MAIL_AT + 1;
+constexpr int BLOCK_PACKETS = ROWS * LISTED;  // more for each block of the grid
 
 // The packets of one layer; each kind is [ROWS][its packets for a row]. The residual stream that leaves the
 // last layer lies where layer NUM_LAYERS would begin.
@@ -55,7 +57,17 @@ struct LayerPackets {
 
 // [ROWS][NUM_HEADS][MAX_SPLITS][PARTIAL_PACKETS]
 __device__ __forceinline__ uint4* partial_packets(uint4* exchange) {
-    return exchange + static_cast<uint64_t>(NUM_LAYERS) * LAYER_PACKETS + ROWS * HIDDEN_PACKETS;
+    return exchange + PARTIALS_AT;
+}
+
+// The mail of a pass whose token was awaited: one packet.
+__device__ __forceinline__ uint4* mail_packet(uint4* exchange) {
+    return exchange + MAIL_AT;
+}
+
+// The blocks' lists of one row's candidates, [blocks][LISTED]: an entry, and the block's sum in all of them.
+__device__ __forceinline__ uint4* list_packets(uint4* exchange, int row) {
+    return exchange + EXCHANGE_PACKETS + row * static_cast<int>(gridDim.x) * LISTED;
 }
 
 // ---- tags ----
@@ -165,6 +177,7 @@ __device__ __forceinline__ bool receive(const Block& block, int count, uint32_t 
 // Read from the loaded module.
 struct BuildInfo {
     uint64_t exchange_packets;
+    uint32_t block_packets;
     uint32_t shared_bytes;
     uint32_t threads;
     uint32_t ring_slots;
@@ -172,6 +185,6 @@ struct BuildInfo {
     uint32_t marks;
 };
 extern "C" {
-__constant__ BuildInfo ffmini_build_info = {EXCHANGE_PACKETS, SHARED_BYTES,     BLOCK_THREADS,
+__constant__ BuildInfo ffmini_build_info = {EXCHANGE_PACKETS, BLOCK_PACKETS,    SHARED_BYTES, BLOCK_THREADS,
                                             RING_SLOTS,       sizeof(PassArgs), MARKS};
 }

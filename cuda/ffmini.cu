@@ -205,7 +205,7 @@ __device__ __forceinline__ void multiply_into_residual(Block& block, Stage stage
 // reads: the token ids. writes: hidden of layer 0, this block's part of the residual. waits for: the token,
 // if it is awaited.
 __device__ __forceinline__ bool embed(Block& block) {
-    if (awaits_token(block.args) && !receive_token(block)) return false;
+    if (awaits_token(block.args) && !receive_token(block, where_of(0, STAGE_HOST))) return false;
     const LayerPackets packets(block.args.exchange, 0);
     const uint32_t tag = tag_of(block.args, 0);
     const float* norm = layer_vectors(block, 0) + INPUT_LAYERNORM_OFFSET;
@@ -385,8 +385,7 @@ __device__ __forceinline__ bool run_pass(Block& block) {
     }
     if (args.logits_rows == 0) return true;
     if (!norm_lm_head(block)) return false;
-    if (args.candidates != nullptr) leave_candidates(block);
-    return true;
+    return args.candidates == nullptr || leave_candidates(block, where_of(NUM_LAYERS, STAGE_HOST));
 }
 
 // Grid: cooperative, any number of blocks that are resident together. Block: BLOCK_THREADS threads and

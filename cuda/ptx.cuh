@@ -242,6 +242,16 @@ __device__ __forceinline__ void set_bits_shared(uint32_t* p, uint32_t bits) {
     asm volatile("red.relaxed.cta.shared.or.b32 [%0], %1;" ::"r"(shared_address(p)), "r"(bits) : "memory");
 }
 
+// Adds to a word of shared memory, whole, not ordered against any other access; what was there before.
+__device__ __forceinline__ uint32_t fetch_add_shared(uint32_t* p, uint32_t addend) {
+    uint32_t old;
+    asm volatile("atom.relaxed.cta.shared.add.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "r"(shared_address(p)), "r"(addend)
+                 : "memory");
+    return old;
+}
+
 // Ends the kernel with an error of the device.
 __device__ __forceinline__ void trap() {
     asm volatile("trap;");

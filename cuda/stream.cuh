@@ -16,6 +16,7 @@ enum Stage {
     STAGE_DOWN,
     STAGE_LM_HEAD,
     NUM_STAGES,
+    STAGE_HOST = NUM_STAGES,  // what the host sends or gets: the token, the candidates
     STAGE_MERGE
 };
 

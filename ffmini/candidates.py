@@ -21,7 +21,9 @@ _BLOCKS_PER_PICK = 4  # `largest` bounds the k-th value well with so many block 
 class Query:
     """What a sampler wants to know of a row's logits."""
 
-    token_ids: np.ndarray  # int32 [n], distinct, n <= MAX_QUERIED: whose logits the sampler alters itself
+    # int32 [n], distinct, n <= MAX_QUERIED: whose logits the sampler alters itself. They never change, so a
+    # decoder knows a query again.
+    token_ids: np.ndarray
     inverse_temperature: np.float32  # of the normaliser; 1 if decoding is greedy
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
-from types import ModuleType
+from types import ModuleType, TracebackType
 
 import numpy as np
 from tqdm import tqdm
@@ -23,8 +22,9 @@ from .kernel import (
     AWAITED,
     BUILD_INFO,
     KERNEL_NAME,
-    LISTED,
     MAIL_LEAVE,
+    MAX_BLOCKS,
+    MAX_ROWS,
     PASS_ARGS,
     cached_cubin,
     copies_in_flight,
@@ -37,18 +37,23 @@ from .kernel import (
 from .memory import available_memory
 from .packing import PackedModel, vectors_length
 from .passes import check_pass
-from .results import HostMemory, assemble, check_query
+from .results import HostMemory, check_query
 from .rope import rope_tables
 
 NON_FINITE = "non-finite logits: finite numbers expected from every pass"
-STAGE_NAMES = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj", "norm_lm_head", "-", "merge")
+STAGE_NAMES = (
+    *("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj", "norm_lm_head"),
+    *("token or candidates", "merge"),
+)
 PACKET_BYTES = 16
 MEMORY_CLOCK_RATE, GLOBAL_MEMORY_BUS_WIDTH = 36, 37  # CUDA's numbers of device attributes
 SPIN_SECONDS = 10.0
 AWAITED_TOKEN = np.array([AWAITED])
-TOKEN_SECONDS = 0.02  # a pass that was launched ahead waits so long for its token
+TOKEN_SECONDS = 0.02  # a pass that was launched ahead waits so long for its token; its blocks can wait longer
+ROW_NUMBERS = np.arange(MAX_ROWS, dtype=np.int32)
 NOT_READY = 600  # cudaErrorNotReady
 LOOK_SECONDS = 0.003  # between looks at CUDA's own state while results are awaited
+POLLS = 50  # of results between looks at the pass's status
 
 
 def import_cupy() -> ModuleType:
@@ -111,6 +116,7 @@ class _Build:
     ) -> None:
         module = cupy.RawModule(path=str(cached_cubin(defines, arch)), enable_cooperative_groups=True)
         self.kernel = module.get_function(KERNEL_NAME)
+        self.function: int = self.kernel.kernel.ptr  # the driver's
         info = read_global(cupy, module, "ffmini_build_info", BUILD_INFO)
         self.rows = int(defines["ROWS"])
         self.blocks = blocks
@@ -118,7 +124,8 @@ class _Build:
         self.shared_bytes = int(info["shared_bytes"])
         self.ring_slots = int(info["ring_slots"])
         self.marks = int(info["marks"])
-        self.exchange_bytes = int(info["exchange_packets"]) * PACKET_BYTES
+        packets = int(info["exchange_packets"]) + blocks * int(info["block_packets"])
+        self.exchange_bytes = packets * PACKET_BYTES
         if int(info["args_bytes"]) != PASS_ARGS.itemsize:
             raise DeviceError(
                 f"PassArgs: the host has {PASS_ARGS.itemsize} bytes, the kernel {info['args_bytes']}"
@@ -132,10 +139,40 @@ class _Build:
                 f"{blocks} blocks of {self.threads} threads and {self.shared_bytes} bytes of shared memory "
                 f"must be resident together, found room for {resident}"
             )
+        if blocks > MAX_BLOCKS:
+            raise DeviceError(f"a grid of at most {MAX_BLOCKS} blocks expected, found {blocks}")
         self.exchange = None
 
     def allocate(self, cupy: ModuleType) -> None:
         self.exchange = cupy.zeros(self.exchange_bytes, dtype=cupy.uint8)
+
+
+class _OnDevice:
+    """While it is entered a GPU is the current one; what CUDA complains about becomes a DeviceError.
+
+    Most often the GPU is the current one already, which the driver tells by its context, much faster than the
+    runtime makes it so. The context says too whether the thread has begun to use the GPU.
+    """
+
+    def __init__(self, cupy: ModuleType, ordinal: int, context: int) -> None:
+        self._cuda, self._ordinal, self._context = cupy.cuda, ordinal, context
+        self._previous: int | None = None
+
+    def __enter__(self) -> None:
+        if self._cuda.driver.ctxGetCurrent() != self._context:
+            self._previous = self._cuda.runtime.getDevice()
+            self._cuda.runtime.setDevice(self._ordinal)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        cuda = self._cuda
+        if self._previous is not None:
+            cuda.runtime.setDevice(self._previous)
+        if isinstance(error, (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError)):
+            raise DeviceError(
+                f"cuda:{self._ordinal}: a pass failed ({error}); load the model again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -222,16 +259,20 @@ class GPUDecoder:
         self._waiting: _Listing | None = None  # the last pass, if its token was not known at the launch
         self._listed = 0  # the pass whose logits its candidates may fetch
         self._queried_ids = np.zeros(0, np.int32)  # as the device has them
+        self._query: Query | None = None  # the last one, and
+        self._query_ids = self._queried_ids  # its ids, checked
         self._closed = False
         properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
         multiprocessors = properties["multiProcessorCount"]
-        blocks = blocks or multiprocessors
+        blocks = blocks or min(multiprocessors, MAX_BLOCKS)
         shared_limit = properties["sharedMemPerBlockOptin"]
         arch = f"sm_{properties['major']}{properties['minor']}"
         if bulk_copies is None:
             bulk_copies = has_bulk_copies(arch)
         bandwidth = memory_bandwidth(ordinal)
         with cupy.cuda.Device(ordinal), cupy.cuda.using_allocator(self._pool.malloc):
+            cupy.cuda.runtime.setDevice(ordinal)  # a thread that has not used any GPU yet has no context
+            self._context: int = cupy.cuda.driver.ctxGetCurrent()
             self._builds = {
                 r: _Build(
                     cupy,
@@ -292,7 +333,9 @@ class GPUDecoder:
         self._gave_up = cupy.zeros(1, dtype=cupy.uint32)
         self._device_ids = cupy.zeros(MAX_QUERIED, dtype=cupy.int32)
         build = next(iter(self._builds.values()))
-        self._host = self._map_host_memory(max(self._builds), build.blocks)
+        memory = pinned_array(cupy, (HostMemory.nbytes(max(self._builds)),), np.uint8)
+        memory[...] = 0
+        self._host = HostMemory(memory, max(self._builds))
         self._fetched = pinned_array(cupy, (config.vocab_size,), np.float32)
         self._copies = cupy.cuda.Stream(non_blocking=True)  # does not wait for passes
         # Of a pass and the one that waits behind it, by the last bit of the number: when it has ended.
@@ -302,12 +345,7 @@ class GPUDecoder:
         self.stage_times = cupy.zeros(shape, dtype=cupy.uint64)
         for build in self._builds.values():
             build.allocate(cupy)
-        self._args = self._make_args()
-
-    def _map_host_memory(self, rows: int, blocks: int) -> HostMemory:
-        memory = pinned_array(self._cupy, (HostMemory.nbytes(rows, blocks),), np.uint8)
-        memory[...] = 0
-        return HostMemory.inside(memory, rows, blocks)
+        self._set_args(self._make_args())
 
     def _make_args(self) -> np.ndarray:
         args = np.zeros((), dtype=PASS_ARGS)
@@ -332,9 +370,16 @@ class GPUDecoder:
             args[name] = 0 if array is None else array.data.ptr
         args["status"], args["mailbox"] = self._host.status.ctypes.data, self._host.mailbox.ctypes.data
         args["spin_limit_ns"] = int(float(os.environ.get("FFMINI_SPIN_SECONDS", SPIN_SECONDS)) * 1e9)
-        args["token_limit_ns"] = int(TOKEN_SECONDS * 1e9)
+        args["token_limit_ns"] = min(int(TOKEN_SECONDS * 1e9), int(args["spin_limit_ns"]) // 2)
         args["num_slots"] = 1
         return args
+
+    def _set_args(self, args: np.ndarray) -> None:
+        """Launch every pass with `args`, PASS_ARGS [], whose fields are written through views made once."""
+        self._args = args
+        self._fields = {name: args[name] for name in PASS_ARGS.names}
+        self._row_tokens, self._row_positions = args["rows"]["token"], args["rows"]["position"]
+        self._kernel_params = np.array([args.ctypes.data], np.uint64)  # of pointers to each argument
 
     def forward(self, tokens: np.ndarray, start: int, logits: str = "last") -> np.ndarray:
         """Run tokens [R] at positions start .. start + R - 1, in passes of as many rows as the builds take.
@@ -370,25 +415,30 @@ class GPUDecoder:
         self._launch(self._next_pass(), rows, tokens, start, wanted)
 
     def _launch(self, number: int, rows: int, tokens: np.ndarray, start: int, wanted: int) -> None:
-        build, args = self._builds[rows], self._args
-        args["pass"] = number
-        args["exchange"] = build.exchange.data.ptr
-        args["num_rows"] = len(tokens)
-        args["logits_rows"] = wanted
-        args["rows"]["token"][: len(tokens)] = tokens
-        args["rows"]["position"][: len(tokens)] = np.arange(start, start + len(tokens))
-        with self._on_device():
-            build.kernel((build.blocks,), (build.threads,), (args,), shared_mem=build.shared_bytes)
+        build, fields, count = self._builds[rows], self._fields, len(tokens)
+        fields["pass"][...] = number
+        fields["exchange"][...] = build.exchange.data.ptr
+        fields["num_rows"][...] = count
+        fields["logits_rows"][...] = wanted
+        self._row_tokens[:count] = tokens
+        np.add(ROW_NUMBERS[:count], start, out=self._row_positions[:count])
+        self._submit(build)
 
-    @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Makes this decoder's GPU the current one; what CUDA complains about becomes a DeviceError."""
+    def _submit(self, build: _Build) -> None:
+        """Launch a pass with the arguments as they are now. By the driver: CuPy's own way takes longer."""
         cuda = self._cupy.cuda
-        try:
-            with cuda.Device(self._ordinal):
-                yield
-        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
-            raise DeviceError(f"{self.device}: a pass failed ({error}); load the model again") from error
+        with self._on_device():
+            cuda.driver.launchCooperativeKernel(
+                build.function,
+                *(build.blocks, 1, 1),
+                *(build.threads, 1, 1),
+                build.shared_bytes,
+                cuda.get_current_stream().ptr,
+                self._kernel_params.ctypes.data,
+            )
+
+    def _on_device(self) -> _OnDevice:
+        return _OnDevice(self._cupy, self._ordinal, self._context)
 
     def _next_pass(self) -> int:
         """A number whose tags no packet carries."""
@@ -426,52 +476,51 @@ class GPUDecoder:
         """
         tokens = np.asarray(tokens)
         self._check_pass(tokens, start, "last")
-        ids = check_query(query, self.config.vocab_size)
-        first = (len(tokens) - 1) // max(self._builds) * max(self._builds)
-        if first:
-            self.forward(tokens[:first], start, "none")
+        if query is not self._query:
+            self._query, self._query_ids = query, check_query(query, self.config.vocab_size)
+        ids, first = self._query_ids, 0
+        if len(tokens) > 1:
+            first = (len(tokens) - 1) // max(self._builds) * max(self._builds)
+            if first:
+                self.forward(tokens[:first], start, "none")
         if self._checked < self._pass - (self._waiting is not None):
             self.finish()  # passes that nobody asked about
-        with self._settling():
-            self._listed = 0
+        self._listed = 0
+        try:
             self._reserve_passes(4)  # a pass and one ahead of it, both perhaps twice
             append = self._queue_ids(ids, int(tokens[-1]))
             self._begun = _Begun(tokens[first:], start + first, ids, query.inverse_temperature, append, ahead)
             self._start(self._begun)
+        except BaseException:
+            self._abandon()
+            raise
 
     def candidates(self) -> Candidates:
         """What the passes of begin() say, once they have ended. Errors are those of forward()."""
         begun, self._begun = self._begun, None
         if begun is None or begun.listing is None:
             raise ValueError("candidates of passes that begin() started expected, none was started")
-        with self._settling():
-            while (packets := self._await_results(begun.listing, len(begun.ids))) is None:
+        count = len(begun.ids)
+        try:
+            while not self._await_results(begun.listing, count):
                 self._release_waiting()
                 self._start(begun)
             listing = begun.listing
-            found = assemble(
-                packets,
-                len(begun.ids),
-                begun.inverse_temperature,
-                self.config.vocab_size,
-                lambda: self._fetch(listing),
-            )
+            found = self._host.rows[listing.row].assemble(count, lambda: self._fetch(listing))
             self._checked = listing.number
-            if not (math.isfinite(found.total) and np.isfinite(found.queried).all()):
+            if not (math.isfinite(found.total) and (count == 0 or np.isfinite(found.queried).all())):
                 raise GenerationError(NON_FINITE)
+        except BaseException:
+            self._abandon()
+            raise
         self._listed = listing.number
         return found
 
-    @contextlib.contextmanager
-    def _settling(self) -> Iterator[None]:
-        """After an error nothing waits, and the ids that the device holds are not trusted."""
-        try:
-            yield
-        except BaseException:
-            self._release_waiting()
-            self._begun = None
-            self._queried_ids = np.zeros(0, np.int32)  # the last id may have come or not
-            raise
+    def _abandon(self) -> None:
+        """After an error: nothing waits, and the ids that the device holds are not trusted."""
+        self._release_waiting()
+        self._begun = None
+        self._queried_ids = np.zeros(0, np.int32)  # the last id may have come or not
 
     def _start(self, begun: _Begun) -> None:
         """Give the last rows to the pass that waits for them, or launch one; and the next one ahead."""
@@ -487,7 +536,7 @@ class GPUDecoder:
     def _queue_ids(self, ids: np.ndarray, token: int) -> bool:
         """See that the device has the queried `ids`; True if the pass must append its last token to them."""
         known = self._queried_ids
-        if np.array_equal(ids, known):
+        if ids is known or np.array_equal(ids, known):
             return False
         if len(ids) and ids[-1] == token and np.array_equal(ids[:-1], known):
             return True
@@ -504,7 +553,7 @@ class GPUDecoder:
             return None
         fits = len(begun.tokens) == 1 and waiting.position == begun.start
         fits = fits and waiting.inverse_temperature == begun.inverse_temperature
-        if not fits or self._host.status["no_token"][0] == waiting.number:
+        if not fits or self._host.no_token == waiting.number:
             self._release_waiting()
             return None
         self._host.mailbox[0] = mail(waiting.number, int(begun.tokens[0]), begun.append)
@@ -515,36 +564,37 @@ class GPUDecoder:
         self, tokens: np.ndarray, start: int, num_queried: int, inverse_temperature: float, append: bool
     ) -> _Listing:
         """Launch a pass whose last row leaves candidates."""
-        args, row = self._args, len(tokens) - 1
+        fields, row = self._fields, len(tokens) - 1
         listing = _Listing(self._next_pass(), row, start, inverse_temperature)
-        args["candidates"] = self._host.results.ctypes.data
-        args["num_queried"], args["append"] = num_queried, append
-        args["inverse_temperature"][row] = inverse_temperature
+        fields["candidates"][...] = self._host.results.ctypes.data
+        fields["num_queried"][...] = num_queried
+        fields["append"][...] = append
+        fields["inverse_temperature"][row] = inverse_temperature
         rows = min(r for r in self._builds if r >= len(tokens))
         self._launch(listing.number, rows, tokens, start, 1 << row)
         with self._on_device():
             self._ends[listing.number % 2].record()
         return listing
 
-    def _await_results(self, listing: _Listing, num_queried: int) -> np.ndarray | None:
-        """The packets of the pass once all are there; None if it ended for want of its token."""
-        blocks = next(iter(self._builds.values())).blocks
-        packets = self._host.results[listing.row, : blocks * LISTED + num_queried]
-        tags, status = packets["tag"], self._host.status[0]
+    def _await_results(self, listing: _Listing, num_queried: int) -> bool:
+        """Wait for all that the pass says; False if it ended for want of its token."""
+        results = self._host.rows[listing.row]
         began = look = perf_counter()
         ended = False
-        while not (tags == listing.number).all():
+        while True:
+            for _ in range(POLLS):
+                if results.are_there(listing.number, num_queried):
+                    return True
             self._check_gave_up()
             # The pass behind begins when this one has ended: if that lacked its token, this one did too.
-            if status["no_token"] >= listing.number:
-                return None
+            if self._host.no_token >= listing.number:
+                return False
             if (now := perf_counter()) < look + LOOK_SECONDS:
                 continue
             look = now
             if ended or now > began + 2 * self._spin_seconds:
                 raise DeviceError(f"{self.device}: a pass left no results; load the model again")
             ended = self._has_ended(listing)
-        return packets
 
     def _has_ended(self, listing: _Listing) -> bool:
         """Whether the pass has left the device; DeviceError if CUDA reports an error there."""
@@ -603,9 +653,8 @@ class GPUDecoder:
 
     def _check_gave_up(self) -> None:
         """GenerationError if a wait of a pass since the last check gave up."""
-        status = self._host.status[0]
-        if self._checked < status["gave_up"] <= self._pass:
-            self._checked = self._pass
+        if self._checked < self._host.gave_up <= self._pass:
+            self._checked, status = self._pass, self._host.status[0]
             layer, stage = divmod(int(status["stage"]), 8)
             raise GenerationError(
                 f"a wait on the device gave up after {self._spin_seconds:g} s: layer {layer}, "
@@ -622,7 +671,8 @@ class GPUDecoder:
             self._cupy.cuda.get_current_stream().synchronize()  # passes write into pinned memory
         for name in ("_layers", "_vectors", "_lm_head", "_embed", "_norm", "_rope", "_logits", "_device_ids"):
             setattr(self, name, None)
-        self._gave_up = self.stage_times = self._args = self.key_cache = self.value_cache = None
+        self._gave_up = self.stage_times = self.key_cache = self.value_cache = None
+        self._args = self._fields = self._row_tokens = self._row_positions = None
         self._host = self._fetched = None
         self._builds.clear()
         self._pool.free_all_blocks()

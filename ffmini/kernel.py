@@ -43,6 +43,8 @@ AWAITED = -1  # in the place of a token that its pass finds in the mailbox
 MAIL_APPEND = 1 << 31  # above a token in the mail: it joins the queried ids
 MAIL_LEAVE = MAIL_APPEND - 1  # instead of a token: the pass ends
 LISTED = 8  # candidates of a block
+MOST_LISTED = 256  # of the grid
+MAX_BLOCKS = 192  # of a grid
 
 # The device's struct Row, Status, PassArgs and BuildInfo (cuda/config.cuh, cuda/ffmini.cu).
 ROW = np.dtype([("token", "<i4"), ("position", "<i4"), ("slot", "<i4")])
@@ -84,6 +86,7 @@ PASS_ARGS = np.dtype(
 BUILD_INFO = np.dtype(
     [
         ("exchange_packets", "<u8"),
+        ("block_packets", "<u4"),
         ("shared_bytes", "<u4"),
         ("threads", "<u4"),
         ("ring_slots", "<u4"),
@@ -110,7 +113,9 @@ def max_rows(config: ModelConfig, layouts: dict[str, MatrixLayout], shared_limit
         activations = rows * 2 * (widest + 96)
         attention = 64 * min(512, heads * head_dim) + head_dim * (8 * heads + 12 * rows + 28) + 2048
         tail = rows * (2048 + 4 * tiles + 4 * head_dim) + 64 * (rows + 1) * ceil_div(tiles, blocks) + 8192
-        if max(activations, attention, 2048 * rows) + tail + marks + ring_slots * ring_slot <= shared_limit:
+        candidates = 8 * MAX_BLOCKS * LISTED + 4096 + 1280 * rows
+        scratch = max(activations, attention, candidates)
+        if scratch + tail + marks + ring_slots * ring_slot <= shared_limit:
             return rows
     return 1
 

@@ -112,7 +112,7 @@ def query(ids: np.ndarray | list[int], temperature: float = 1.0) -> Query:
 
 def flat(found: Candidates) -> np.ndarray:
     """All that a pass says of a row, as float32 [n]."""
-    parts = (found.fetch(), found.queried, found.ids, found.logits, [found.total])
+    parts = (found.fetch(), found.queried, found.ids, found.logits, [found.total, found.complete])
     return np.concatenate([np.asarray(part, np.float32) for part in parts])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,22 @@ def test_passes_ahead_say_the_same(tmp_path: Path) -> None:
             same([x[: packed.config.vocab_size]], [y[: packed.config.vocab_size]])
             for x, y in zip(found, expected, strict=False)
         )
+
+
+def test_another_thread(tmp_path: Path) -> None:
+    """One that has not used CUDA yet gets the same bits."""
+    packed = pack(tmp_path, "llama2", "bf16")
+    decoder = gpu.GPUDecoder(packed, 64, progress=False)
+    expected, found = run_greedily(decoder, 12, ahead=True), []
+
+    def run() -> None:
+        found.append(run_greedily(decoder, 12, ahead=True))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(found) == 1 and same(found[0], expected)
+    decoder.close()
 
 
 def test_a_generation_that_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import dataclasses
 import threading
 import time
@@ -17,10 +17,10 @@ from comparison import ask, check_candidates, query
 from ffmini import gpu
 from ffmini.candidates import MAX_QUERIED, Candidates, Query
 from ffmini.errors import DeviceError, GenerationError
-from ffmini.kernel import AWAITED, LISTED, MAIL_APPEND, MAIL_LEAVE, PASS_ARGS
-from ffmini.results import NO_ENTRY, HostMemory
+from ffmini.kernel import AWAITED, MAIL_APPEND, MAIL_LEAVE, PASS_ARGS
+from ffmini.results import HostMemory
 
-VOCAB, BLOCKS, MAX_SEQ_LEN = 300, 3, 40
+VOCAB, LISTED, MAX_SEQ_LEN = 300, 60, 40
 
 
 def logits_of_pass(token: int, position: int) -> np.ndarray:
@@ -29,21 +29,17 @@ def logits_of_pass(token: int, position: int) -> np.ndarray:
     return (values.round(1) + 0.0).astype(np.float32)
 
 
-def list_candidates(logits: np.ndarray, ids: np.ndarray, inverse_temperature: float, packets: Any) -> None:
-    """Fills a row's packets as the device does, but for the tags."""
-    bits = logits.view(np.uint32)
-    ranks = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF)).astype(np.uint64)
-    entries = ranks << np.uint64(32) | np.arange(len(logits), dtype=np.uint64)
-    owner, others = np.arange(len(logits)) // 16 % BLOCKS, np.ones(len(logits), bool)
-    others[ids] = False
-    for block in range(BLOCKS):
-        own = np.flatnonzero((owner == block) & others)
-        place = packets[block * LISTED : (block + 1) * LISTED]
-        place["entry"], place["value"] = NO_ENTRY, 0
-        place["entry"][: len(own)] = np.sort(entries[own])[:LISTED]
-        if len(own):
-            place["value"] = np.exp((logits[own] - logits[own].max()) * inverse_temperature).sum()
-    packets["value"][BLOCKS * LISTED :][: len(ids)] = logits[ids]
+def list_candidates(logits: np.ndarray, ids: np.ndarray, inverse_temperature: float, packets: Any) -> int:
+    """Fills a row's `packets` as the device does, but for the tags; how many there are."""
+    others = np.setdiff1d(np.arange(len(logits)), ids)
+    listed = others[np.lexsort((others, -logits[others]))][:LISTED]
+    total = np.exp((logits[others] - logits[listed[0]]) * inverse_temperature).sum()
+    split = 1 + len(ids)
+    end = split + len(listed)
+    packets["id"][0], packets["complete"][0], packets["value"][0] = len(listed), 0, total
+    packets["value"][1:split] = logits[ids]
+    packets["id"][split:end], packets["value"][split:end] = listed, logits[listed]
+    return end
 
 
 class Device(threading.Thread):
@@ -89,10 +85,13 @@ class Device(threading.Thread):
             known = int(args["num_queried"])
             if append:
                 self.ids[known] = token
-            packets = self.host.results[row]
+            said = np.zeros_like(self.host.results[row])
             ids = self.ids[: known + append]
-            list_candidates(self.row, ids, float(args["inverse_temperature"][row]), packets)
-            packets["tag"][: BLOCKS * LISTED + len(ids)] = number
+            count = list_candidates(self.row, ids, float(args["inverse_temperature"][row]), said)
+            said["tag"] = number
+            for end in (1, count // 2, count):  # the header may overtake what it announces
+                self.host.results[row, :end] = said[:end]
+                time.sleep(1e-4)
         return "awaited" if int(args["rows"]["token"][row]) == AWAITED else "plain"
 
 
@@ -103,40 +102,37 @@ class HostSide(gpu.GPUDecoder):
         self.config: Any = SimpleNamespace(vocab_size=VOCAB, num_layers=2)
         self.max_seq_len, self.device = MAX_SEQ_LEN, "cuda:0"
         packets = SimpleNamespace(fill=lambda value: None)
-        self._builds: Any = {rows: SimpleNamespace(blocks=BLOCKS, exchange=packets) for rows in (1, 4)}
+        packets.data = SimpleNamespace(ptr=0)
+        self._builds: Any = {rows: SimpleNamespace(exchange=packets) for rows in (1, 4)}
         self._pass = self._checked = self._listed = 0
         self._gave_up: Any = np.zeros(1, np.uint32)
         self._waiting, self._closed = None, False
         self._begun = None
-        self._queried_ids = np.zeros(0, np.int32)
-        memory = np.zeros(HostMemory.nbytes(4, BLOCKS), np.uint8)
-        self._host = HostMemory.inside(memory, 4, BLOCKS)
-        self._args = np.zeros((), PASS_ARGS)
+        self._queried_ids = self._query_ids = np.zeros(0, np.int32)
+        self._query = None
+        self._host = HostMemory(np.zeros(HostMemory.nbytes(4), np.uint8), 4)
+        self._set_args(np.zeros((), PASS_ARGS))
         self._args["spin_limit_ns"], self._args["token_limit_ns"] = 10**9, int(token_seconds * 1e9)
         self.fake = Device(self._host)
         self._device_ids: Any = IdsOnDevice(self.fake)
         self._ends = [SimpleNamespace(ptr=i, record=lambda: None) for i in range(2)]
         stream = SimpleNamespace(synchronize=self.fake.queue.join)
         runtime = SimpleNamespace(eventQuery=self.query, CUDARuntimeError=RuntimeError)
+        driver = SimpleNamespace(ctxGetCurrent=lambda: 0, CUDADriverError=RuntimeError)
         self._cupy: Any = SimpleNamespace(
-            cuda=SimpleNamespace(get_current_stream=lambda: stream, runtime=runtime)
+            cuda=SimpleNamespace(get_current_stream=lambda: stream, runtime=runtime, driver=driver)
         )
+        self._ordinal, self._context = 0, 0
         self.launched: dict[int, int] = {}  # of each event, the pass that it was recorded behind
         self.fake.start()
 
     def query(self, event: int) -> int:
         return 0 if self.launched[event] in self.fake.ended else gpu.NOT_READY
 
-    def _on_device(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def _launch(self, number: int, rows: int, tokens: np.ndarray, start: int, wanted: int) -> None:
-        args = self._args
-        args["pass"], args["num_rows"], args["logits_rows"] = number, len(tokens), wanted
-        args["rows"]["token"][: len(tokens)] = tokens
-        args["rows"]["position"][: len(tokens)] = np.arange(start, start + len(tokens))
+    def _submit(self, build: Any) -> None:
+        number = int(self._args["pass"])
         self.launched[number % 2] = number
-        self.fake.queue.put(args.copy())
+        self.fake.queue.put(self._args.copy())
 
     def finish(self, wanted: int = 0) -> np.ndarray:
         self._check_status()
@@ -288,3 +284,70 @@ def test_bad_queries() -> None:
         ask(decoder, np.array([1]), 0, query([2, 300]))
     with pytest.raises(ValueError, match=r"expected at most 1024 queried ids \[n\], found \[1025\]"):
         ask(decoder, np.array([1]), 0, query(list(range(1025))))
+
+
+class Cuda:
+    """What a launch needs of cupy.cuda: which device is current, and a driver that notes what it is asked."""
+
+    def __init__(self, device: int, context: int) -> None:
+        self.device, self.context = device, context
+        self.error: Exception | None = None
+        self.launched: list[tuple[int, ...]] = []
+        self.runtime = SimpleNamespace(
+            CUDARuntimeError=ZeroDivisionError, getDevice=lambda: self.device, setDevice=self.set_device
+        )
+        self.driver = SimpleNamespace(
+            CUDADriverError=ArithmeticError,
+            ctxGetCurrent=lambda: self.context,
+            launchCooperativeKernel=self.launch,
+        )
+
+    def set_device(self, device: int) -> None:
+        self.device, self.context = device, 100 + device
+
+    def get_current_stream(self) -> SimpleNamespace:
+        return SimpleNamespace(ptr=10 * self.device)
+
+    def launch(self, *given: int) -> None:
+        if self.error is not None:
+            raise self.error
+        self.launched.append(given)
+
+
+def decoder_on(cuda: Cuda) -> gpu.GPUDecoder:
+    """A decoder of GPU 1 that can do no more than launch."""
+    decoder = gpu.GPUDecoder.__new__(gpu.GPUDecoder)
+    decoder._cupy, decoder._ordinal, decoder._context = SimpleNamespace(cuda=cuda), 1, 101
+    build = SimpleNamespace(
+        function=7,
+        blocks=5,
+        threads=640,
+        shared_bytes=99,
+        exchange=SimpleNamespace(data=SimpleNamespace(ptr=8)),
+    )
+    decoder._builds = {4: build}
+    decoder._set_args(np.zeros((), PASS_ARGS))
+    return decoder
+
+
+@pytest.mark.parametrize(("device", "context"), [(1, 101), (0, 100), (0, 0)])
+def test_a_launch_is_on_the_decoders_device(device: int, context: int) -> None:
+    """Also if another device is the current one, as it is again afterwards, or the thread has used none."""
+    cuda = Cuda(device, context)
+    decoder = decoder_on(cuda)
+    decoder._launch(3, 4, np.array([11, 12]), 20, 2)
+    ((*shape, params),) = cuda.launched
+    assert shape == [7, 5, 1, 1, 640, 1, 1, 99, 10] and cuda.device == device
+    pointer = ctypes.c_uint64.from_address(params).value
+    args = np.frombuffer(ctypes.string_at(pointer, PASS_ARGS.itemsize), PASS_ARGS)[0]
+    assert (args["pass"], args["exchange"], args["num_rows"], args["logits_rows"]) == (3, 8, 2, 2)
+    assert args["rows"]["token"][:2].tolist() == [11, 12]
+    assert args["rows"]["position"][:2].tolist() == [20, 21]
+
+
+def test_a_launch_that_fails() -> None:
+    cuda = Cuda(0, 100)
+    cuda.error = ArithmeticError("out of order")
+    with pytest.raises(DeviceError, match=r"cuda:1: a pass failed \(out of order\); load the model again"):
+        decoder_on(cuda)._launch(1, 4, np.array([1]), 0, 1)
+    assert cuda.device == 0

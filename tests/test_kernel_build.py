@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ffmini import kernel
+from ffmini import kernel, results
 from ffmini.config import load_config, parse_config
 from ffmini.errors import DeviceError
 from ffmini.model import bundled_model_path
@@ -80,6 +80,15 @@ STRUCTS = {
 }
 
 
+CONSTANTS = ("LISTED", "MOST_LISTED", "MAX_BLOCKS", "MAX_ROWS", "AWAITED", "MAIL_APPEND", "MAIL_LEAVE")
+
+
+def constant_checks() -> str:
+    """Static assertions that the device's constants have the host's values."""
+    values = {name: getattr(kernel, name) for name in CONSTANTS} | {"RESULT_PACKETS": results.RESULT_PACKETS}
+    return "\n".join(f'static_assert({name} == {value}, "{name}");' for name, value in values.items())
+
+
 def compile_with(checks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = dict(kernel.device_sources())
     sources["ffmini.cu"] += checks
@@ -88,7 +97,7 @@ def compile_with(checks: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_host_and_device_share_their_structs(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_with(struct_checks(STRUCTS), monkeypatch)
+    compile_with(struct_checks(STRUCTS) + constant_checks(), monkeypatch)
 
 
 def test_a_struct_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,6 @@ from ffmini.errors import GenerationError
 from ffmini.kernel import (
     AWAITED,
     BUILD_INFO,
-    LISTED,
     PASS_ARGS,
     kernel_defines,
     layer_bytes,
@@ -37,7 +36,7 @@ from ffmini.kernel import (
 from ffmini.layout import ceil_div
 from ffmini.packing import LAYER_MATRICES, PackedModel, vectors_length
 from ffmini.resources import resource_dir
-from ffmini.results import HostMemory, assemble, check_query
+from ffmini.results import HostMemory, check_query
 from ffmini.rope import rope_tables
 
 SIM_DIR = Path(__file__).resolve().parent
@@ -61,7 +60,7 @@ EVENTS = (  # enum Event of machine.hpp
 )
 
 
-MAX_BLOCKS = 8  # whose candidates there is room for, or as many as at first
+MAX_BLOCKS = 8  # whose lists there is room for, or as many as at first
 TOKEN_LIMIT_NS = 20 * 10**6
 
 
@@ -244,12 +243,14 @@ class SimDecoder:
         shape = (config.num_layers, 1, config.num_kv_heads, self.max_seq_len, config.head_dim)
         self.key_cache = guarded_array(shape, np.uint16)
         self.value_cache = guarded_array(shape, np.uint16)
-        self.exchange = guarded_array((int(self.build_info["exchange_packets"]),), PACKET)
+        packets = int(self.build_info["exchange_packets"])
+        packets += max(self.blocks, MAX_BLOCKS) * int(self.build_info["block_packets"])
+        self.exchange = guarded_array((packets,), PACKET)
         self._logits = guarded_array((self.rows, config.vocab_size), np.float32)
         self._gave_up = guarded_array((1,), np.uint32)
         self._queried_ids = guarded_array((MAX_QUERIED,), np.int32)
-        self._host = guarded_array((HostMemory.nbytes(self.rows, max(self.blocks, MAX_BLOCKS)),), np.uint8)
-        self._status = self._host_memory().status
+        self._host = guarded_array((HostMemory.nbytes(self.rows),), np.uint8)
+        self.host = HostMemory(self._host, self.rows)
         shape = (config.num_layers + 1, int(self.build_info["marks"]), self.blocks)
         self.stage_times = guarded_array(shape, np.uint64)  # for no more blocks; see PassArgs
         self.reset()
@@ -275,8 +276,8 @@ class SimDecoder:
         self._args = np.zeros((), PASS_ARGS)
         for name, array in arrays.items():
             self._args[name] = array.ctypes.data
-        host = self._host_memory()
-        self._args["status"], self._args["mailbox"] = host.status.ctypes.data, host.mailbox.ctypes.data
+        self._args["status"] = self.host.status.ctypes.data
+        self._args["mailbox"] = self.host.mailbox.ctypes.data
         self._arrays["host memory"] = self._host
         self._args["num_slots"] = 1
         self._args["spin_limit_ns"] = 10**9
@@ -292,9 +293,6 @@ class SimDecoder:
     def next_mail(self, token: int, append: bool = False) -> int:
         """What the mailbox must hold if the next pass is to find `token` there."""
         return mail(self._pass + 1, token, append)
-
-    def _host_memory(self) -> HostMemory:
-        return HostMemory.inside(self._host, self.rows, self.blocks)
 
     def set_word(self, name: str, value: int) -> None:
         """Set the library's own variable `name`, an int."""
@@ -342,7 +340,7 @@ class SimDecoder:
         The queried tokens are `ids` and, with `append`, the last of `tokens`, which joins them on the device
         too. With `mailbox`, what the mailbox holds from before the launch on, the pass awaits its one token.
         """
-        host, args = self._host_memory(), self._args
+        host, args = self.host, self._args
         ids = check_query(Query(ids, np.float32(1)), self.config.vocab_size)
         self._queried_ids[: len(ids)] = ids
         args["candidates"] = host.results.ctypes.data
@@ -356,15 +354,14 @@ class SimDecoder:
             self._run(tokens, start, list(inverse_temperatures))
         finally:
             args["candidates"] = 0
-        return {row: self._assemble(row, host, len(ids) + append) for row in inverse_temperatures}
+        return {row: self.assemble(row, len(ids) + append) for row in inverse_temperatures}
 
-    def _assemble(self, row: int, host: HostMemory, num_queried: int) -> Candidates:
-        packets = host.results[row, : self.blocks * LISTED + num_queried]
-        if (packets["tag"] != self._pass).any():
-            raise SimError(f"row {row}: {(packets['tag'] != self._pass).sum()} results are missing")
-        inverse_temperature = self._args["inverse_temperature"][row]
-        fetched = self._logits[row].copy()
-        return assemble(packets, num_queried, inverse_temperature, self.config.vocab_size, fetched.copy)
+    def assemble(self, row: int, num_queried: int) -> Candidates:
+        """What the last pass says of a row; SimError if a packet of it is missing."""
+        results, fetched = self.host.rows[row], self._logits[row].copy()
+        if not results.are_there(self._pass, num_queried):
+            raise SimError(f"row {row}: results are missing")
+        return results.assemble(num_queried, fetched.copy)
 
     def _run(self, tokens: np.ndarray, start: int, wanted: list[int]) -> None:
         self._pass += 1
@@ -383,7 +380,7 @@ class SimDecoder:
         )
         if error is not None:
             raise SimError(f"seed {self.seed}, {self.blocks} blocks: {self._name_addresses(error.decode())}")
-        self.status = self._status[0].copy()
+        self.status = self.host.status[0].copy()
         if self.status["gave_up"] == self._pass:
             raise GenerationError(f"a wait gave up: {self.status}")
         if self.status["non_finite"] == self._pass:

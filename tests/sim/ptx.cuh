@@ -204,6 +204,12 @@ inline void set_bits_shared(uint32_t* p, uint32_t bits) {
     sim::machine.store_shared(p, *p | bits);
 }
 
+inline uint32_t fetch_add_shared(uint32_t* p, uint32_t addend) {
+    const uint32_t old = *p;
+    sim::machine.store_shared(p, old + addend);
+    return old;
+}
+
 inline void trap(SIM_SITE) {
     sim::machine.fail({"trap", file, line}, "the kernel ended itself");
 }
