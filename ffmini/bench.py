@@ -399,7 +399,7 @@ def _rows_that_fit(packed: PackedModel, shape: str, asked: list[int], ordinal: i
     if ordinal is None or not asked:
         return asked
     properties = gpu.import_cupy().cuda.runtime.getDeviceProperties(ordinal)
-    limit, blocks = properties["sharedMemPerBlockOptin"], properties["multiProcessorCount"]
+    limit, blocks = properties["sharedMemPerBlockOptin"], gpu.grid_size(properties["multiProcessorCount"])
     most = max_rows(packed.config, packed.layouts, limit, blocks)
     left_out = ", ".join(str(count) for count in asked if count > most)
     if left_out:

@@ -103,6 +103,11 @@ def memory_bandwidth(ordinal: int = 0) -> float:
     return 2e3 * kilohertz * bits / 8
 
 
+def grid_size(multiprocessors: int) -> int:
+    """Blocks of a grid on a GPU with so many multiprocessors: one for each, as far as the kernel has room."""
+    return min(multiprocessors, MAX_BLOCKS)
+
+
 def kv_cache_bytes(config: ModelConfig, positions: int) -> int:
     """Bytes of K and V, both bf16, for `positions` positions."""
     return 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * positions
@@ -264,7 +269,7 @@ class GPUDecoder:
         self._closed = False
         properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
         multiprocessors = properties["multiProcessorCount"]
-        blocks = blocks or min(multiprocessors, MAX_BLOCKS)
+        blocks = blocks or grid_size(multiprocessors)
         shared_limit = properties["sharedMemPerBlockOptin"]
         arch = f"sm_{properties['major']}{properties['minor']}"
         if bulk_copies is None:
