@@ -152,7 +152,7 @@ __device__ __forceinline__ void score_tile(Block& block, const Item& item, float
         const int own = first + run * KV_RUN + g % KV_RUN;
         const uint8_t* key =
             vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->key_bf16, own);
-        float dots[4] = {};
+        float dots[2][4] = {};  // two sums, which do not wait for each other
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
             const int d = 32 * j + 8 * t;
@@ -161,15 +161,17 @@ __device__ __forceinline__ void score_tile(Block& block, const Item& item, float
                 k = *reinterpret_cast<const uint4*>(key + 2 * rotated(d, own, KEY_ROTATION));
             }
             const uint32_t low[4] = {query[j].x, 0, query[j].y, 0}, high[4] = {query[j].z, 0, query[j].w, 0};
-            mma_16x8x16(dots, low, k.x, k.y);
-            mma_16x8x16(dots, high, k.z, k.w);
+            mma_16x8x16(dots[0], low, k.x, k.y);
+            mma_16x8x16(dots[1], high, k.z, k.w);
         }
         for (int c = 0; c < 2; ++c) {
+            dots[0][c] += dots[1][c];
             const int position = first + run * KV_RUN + 2 * t + c;
             const bool visible = 2 * t + c < KV_RUN && position >= item.begin && position < item.end;
-            if (visible) score[run][c] = dots[c] * SCORE_SCALE;
+            if (visible) score[run][c] = dots[0][c] * SCORE_SCALE;
         }
-        if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS) block.stream.release(dots[0] + dots[1]);
+        if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS)
+            block.stream.release(dots[0][0] + dots[0][1]);
     }
 }
 
@@ -244,12 +246,13 @@ __device__ __forceinline__ void weigh_values(Block& block, const Item& item, con
     }
 }
 
-// Adds up the warps' shares in ascending order of positions: s.out[head][dimension] and s.sum[head]. One warp
-// takes a head, and alone knows the result when it returns. Tiles that nothing is seen of hold zeros.
+// Adds up the warps' shares in ascending order of positions: s.out[head][dimension] and s.sum[head], complete
+// when it returns. A warp takes 32 dimensions of a head. Tiles that nothing is seen of hold zeros.
 __device__ __forceinline__ void add_tiles(Block& block, const Item& item,
                                           const float (&out)[HEAD_DIM_TILES][4]) {
+    constexpr int CHUNKS = ceil_div(SWEEP_DIMS, 32);
     AttentionScratch& s = *block.attention();
-    const int t = block.lane() % 4, g = block.lane() / 4, heads = item.heads(), own = block.warp();
+    const int t = block.lane() % 4, g = block.lane() / 4, heads = item.heads();
 #pragma unroll
     for (int sweep = 0; sweep < HEAD_DIM_TILES; sweep += SWEEP_TILES) {
         if (sweep > 0) sync_threads<THREADS>();
@@ -261,22 +264,25 @@ __device__ __forceinline__ void add_tiles(Block& block, const Item& item,
             }
         }
         sync_threads<THREADS>();
-        for (int i = block.lane(); i < SWEEP_DIMS && own < heads; i += 32) {
+        for (int job = block.warp(); job < heads * CHUNKS; job += WARPS) {
+            const int head = job / CHUNKS, i = job % CHUNKS * 32 + block.lane();
+            if (i >= SWEEP_DIMS || sweep * TILE_ROWS + i >= HEAD_DIM) continue;
             float sum = 0.0f;
 #pragma unroll
             for (int tile = 0; tile < WARPS; ++tile) {
-                sum += s.partial[(tile * ITEM_HEADS + own) * SWEEP_DIMS + i];
+                sum += s.partial[(tile * ITEM_HEADS + head) * SWEEP_DIMS + i];
             }
-            if (sweep * TILE_ROWS + i < HEAD_DIM) s.out[own * HEAD_DIM + sweep * TILE_ROWS + i] = sum;
+            s.out[head * HEAD_DIM + sweep * TILE_ROWS + i] = sum;
         }
     }
-    if (own < heads && block.lane() == 0) {
+    const int head = WARPS - 1 - block.warp();  // the last warps have the fewest dimensions
+    if (head < heads && block.lane() == 0) {
         float sum = 0.0f;
 #pragma unroll
-        for (int tile = 0; tile < WARPS; ++tile) sum += s.tile_sum[own * WARPS + tile];
-        s.sum[own] = sum;
+        for (int tile = 0; tile < WARPS; ++tile) sum += s.tile_sum[head * WARPS + tile];
+        s.sum[head] = sum;
     }
-    __syncwarp();
+    sync_threads<THREADS>();
 }
 
 // ---- a whole item ----
@@ -307,24 +313,27 @@ __device__ __forceinline__ void publish_partial(const AttentionScratch& s, int h
     publish(packets + packet_index, words[0], words[1], words[2], tag);
 }
 
-// One warp publishes what add_tiles() left it: its head's share of a partial softmax or, if the item is the
-// `whole`, attention's finished output.
+// Publishes what add_tiles() left: the heads' shares of partial softmaxes or, if the item is the `whole`,
+// attention's finished output.
 __device__ __forceinline__ void publish_item(const Block& block, const Item& item,
                                              const LayerPackets& packets, bool whole, uint32_t tag) {
     const AttentionScratch& s = *block.attention();
-    const int head = block.warp(), row_head = item.row * NUM_HEADS + item.first_head + head;
-    if (head >= item.heads()) return;
+    const int row_head = item.row * NUM_HEADS + item.first_head;
     if (whole) {
-        const float inverse = 1.0f / s.sum[head];
-        for (int i = block.lane(); i < HEAD_PACKETS; i += 32) {
-            publish_head(s.out + head * HEAD_DIM, inverse, i, packets.attention() + row_head * HEAD_PACKETS,
-                         tag);
+        for (int i = block.thread; i < item.heads() * HEAD_PACKETS; i += THREADS) {
+            const int head = i / HEAD_PACKETS;
+            publish_head(s.out + head * HEAD_DIM, divide_approx(1.0f, s.sum[head]), i % HEAD_PACKETS,
+                         packets.attention() + (row_head + head) * HEAD_PACKETS, tag);
         }
         return;
     }
-    uint4* partials = partial_packets(block.args.exchange) +
-                      (static_cast<uint64_t>(row_head) * MAX_SPLITS + item.split) * PARTIAL_PACKETS;
-    for (int i = block.lane(); i < PARTIAL_PACKETS; i += 32) publish_partial(s, head, i, partials, tag);
+    for (int i = block.thread; i < item.heads() * PARTIAL_PACKETS; i += THREADS) {
+        const int head = i / PARTIAL_PACKETS;
+        uint4* partials =
+            partial_packets(block.args.exchange) +
+            (static_cast<uint64_t>(row_head + head) * MAX_SPLITS + item.split) * PARTIAL_PACKETS;
+        publish_partial(s, head, i % PARTIAL_PACKETS, partials, tag);
+    }
 }
 
 // Works on one item from its vectors to what it publishes.

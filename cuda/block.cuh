@@ -4,12 +4,23 @@
 #include "config.cuh"
 #include "stream.cuh"
 
-constexpr int MAX_K_PAD =
-    max_of(max_of(QkvProj::K_PAD, OProj::K_PAD), max_of(DownProj::K_PAD, LmHead::K_PAD));
-// Rows of matrix operands lie 64 bytes off a multiple of 128, so that two rows' 64-byte pieces, which a
-// quarter warp reads at once, fall into different banks.
-constexpr int ACTIVATION_STRIDE = round_up(MAX_K_PAD, 64) + 32;  // bf16 elements
-constexpr int ROUND_UNITS = WARPS * max_of(1, 4 / ROWS);         // units multiplied between two additions
+constexpr int MAX_K =  // that activations are held for at a time
+    max_of(max_of(QkvProj::PART_K, OProj::PART_K), max_of(DownProj::PART_K, LmHead::PART_K));
+constexpr int MAX_SEGMENTS = ceil_div(MAX_K, SEGMENT);
+// bf16 elements. Rows lie 64 bytes off a multiple of 128, so that two rows' 64-byte pieces, which a quarter
+// warp reads at once, fall into different banks; integers take whole segments (activations.cuh).
+constexpr int ACTIVATION_STRIDE = INTEGERS ? MAX_SEGMENTS * SEGMENT : round_up(MAX_K, 64) + 32;
+constexpr int ACTIVATION_BYTES = ROWS * ACTIVATION_STRIDE * 2;
+constexpr int ROUND_UNITS = WARPS * max_of(1, 4 / ROWS);  // units multiplied between two additions
+
+// ---- what activations that are integers are worth; behind them ----
+constexpr int MAX_GROUPS = WEIGHT_BITS == 4 ? ceil_div(MAX_K, GROUP_SIZE) : 1;  // of int4's scales
+
+struct ActivationScales {
+    float segment[ROWS * MAX_SEGMENTS];  // [row][segment]: what one is worth
+    float
+        group_sum[ROWS * MAX_GROUPS];  // [row][group of int4's scales]: their sum, which goes with the zeros
+};
 
 // ---- attention's scratch, which lies over the activations: they are dead while it is used ----
 constexpr int HEAD_DIM_PAD = round_up(HEAD_DIM, 32);
@@ -80,11 +91,13 @@ template <int SLOTS>
 using RingOf = CopyRing<SLOTS>;
 #endif
 
+constexpr int CARRIES = DownProj::PARTS == 1 ? 2 : max_of(2, OWN_TILES);
+
 struct SharedTail {
     int own_tiles[NUM_STAGES];                                   // of the stage's matrix, for this block
     alignas(16) float part[2 * ROUND_UNITS * ROWS * TILE_ROWS];  // [parity of the round][unit][row][output]
-    float carry[2 * ROWS * TILE_ROWS];             // [parity of the round][row][output of the tile]
-    float residual[OWN_TILES * ROWS * TILE_ROWS];  // [own tile][row][output of the tile]
+    float carry[CARRIES * ROWS * TILE_ROWS];                     // [see Products][row][output of the tile]
+    float residual[OWN_TILES * ROWS * TILE_ROWS];                // [own tile][row][output of the tile]
     float next_norm[OWN_TILES * TILE_ROWS];   // of the norm that comes next: [own tile][output of the tile]
     float tile_squares[ROWS * HIDDEN_TILES];  // of the residual stream: sums of squares, [row][tile]
     float norm_scale[ROWS];                   // 1 / root mean square
@@ -96,7 +109,8 @@ struct SharedTail {
 };
 
 constexpr int SCRATCH_BYTES =
-    max_of(max_of(ROWS * ACTIVATION_STRIDE * 2, static_cast<int>(sizeof(CandidateScratch))),
+    max_of(max_of(ACTIVATION_BYTES + (INTEGERS ? static_cast<int>(sizeof(ActivationScales)) : 0),
+                  static_cast<int>(sizeof(CandidateScratch))),
            max_of(static_cast<int>(sizeof(AttentionScratch)), static_cast<int>(sizeof(MergeScratch))));
 
 constexpr int FIXED_BYTES =
@@ -122,8 +136,11 @@ struct Block {
         return reinterpret_cast<SharedTail*>(memory + round_up(SCRATCH_BYTES, 128));
     }
     __device__ SharedTail* shared() const { return tail(memory); }
-    // bf16 [ROWS][ACTIVATION_STRIDE]
+    // bf16 [ROWS][ACTIVATION_STRIDE], or integers in their place.
     __device__ uint16_t* activations() const { return reinterpret_cast<uint16_t*>(memory); }
+    __device__ ActivationScales* scales() const {
+        return reinterpret_cast<ActivationScales*>(memory + ACTIVATION_BYTES);
+    }
     __device__ AttentionScratch* attention() const { return reinterpret_cast<AttentionScratch*>(memory); }
     __device__ MergeScratch* merge() const { return reinterpret_cast<MergeScratch*>(memory); }
     __device__ CandidateScratch* candidates() const { return reinterpret_cast<CandidateScratch*>(memory); }

@@ -21,8 +21,9 @@
     !defined(O_BIAS_OFFSET) || !defined(GATE_UP_BIAS_OFFSET) || !defined(DOWN_BIAS_OFFSET)
 #error "a -D constant of the norms and biases is missing"
 #endif
-#if !defined(SHARED_LIMIT) || !defined(OWN_TILES) || !defined(OWN_HEAD_TILES) || !defined(MAX_QUERIED) || \
-    !defined(BULK_COPIES) || !defined(COPIES_IN_FLIGHT) || !defined(TEST_PAUSES) || !defined(STAGE_TIMES)
+#if !defined(SHARED_LIMIT) || !defined(DOWN_PART_SEGMENTS) || !defined(OWN_TILES) || \
+    !defined(OWN_HEAD_TILES) || !defined(MAX_QUERIED) || !defined(BULK_COPIES) ||    \
+    !defined(COPIES_IN_FLIGHT) || !defined(TEST_PAUSES) || !defined(STAGE_TIMES)
 #error "a -D constant of the launch is missing"
 #endif
 
@@ -47,21 +48,26 @@ constexpr int ceil_div(int a, int b) {
 constexpr int round_up(int a, int b) {
     return ceil_div(a, b) * b;
 }
-constexpr int max_of(int a, int b) {
+template <class T>
+constexpr T max_of(T a, T b) {
     return a > b ? a : b;
 }
 constexpr int min_of(int a, int b) {
     return a < b ? a : b;
 }
 
-// Geometry of one packed matrix; ffmini/layout.py says where each element lies.
-template <int N, int K, int BITS_, int GROUP_>
+// Geometry of one packed matrix; ffmini/layout.py says where each element lies. Its input is held in parts of
+// PART_ segments at a time; 0: as a whole.
+template <int N, int K, int BITS_, int GROUP_, int PART_ = 0>
 struct Matrix {
     static constexpr int BITS = BITS_;
     static constexpr int GROUP = GROUP_;
     static constexpr int TILES = ceil_div(N, TILE_ROWS);
     static constexpr int K_PAD = round_up(K, 64);
     static constexpr int SEGMENTS = ceil_div(K_PAD, SEGMENT);
+    static constexpr int PART_SEGMENTS = PART_ == 0 ? SEGMENTS : PART_;
+    static constexpr int PARTS = ceil_div(SEGMENTS, PART_SEGMENTS);
+    static constexpr int PART_K = min_of(PART_SEGMENTS * SEGMENT, K_PAD);
     static constexpr int SLOT_K = LINES_PER_SLOT * 256 / BITS;
     static constexpr int SLOTS = ceil_div(K_PAD, SLOT_K);
     static constexpr int TAIL_K = K_PAD - (SLOTS - 1) * SLOT_K;
@@ -77,6 +83,10 @@ struct Matrix {
     static constexpr uint64_t BYTES = static_cast<uint64_t>(TILES) * TILE_BYTES;
 };
 
+// A quantised model multiplies integers, its lm_head too.
+constexpr bool INTEGERS = WEIGHT_BITS != 16;
+static_assert(INTEGERS == (LM_HEAD_BITS != 16), "all matrices are quantised or none");
+
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int HEADS_PER_KV = NUM_HEADS / NUM_KV_HEADS;
 constexpr int ATTENTION_SIZE = NUM_HEADS * HEAD_DIM;
@@ -86,7 +96,7 @@ constexpr int INTERMEDIATE_TILES = ceil_div(INTERMEDIATE_SIZE, 8);  // of 8 gate
 using QkvProj = Matrix<ATTENTION_SIZE + 2 * KV_SIZE, HIDDEN_SIZE, WEIGHT_BITS, GROUP_SIZE>;
 using OProj = Matrix<HIDDEN_SIZE, ATTENTION_SIZE, WEIGHT_BITS, GROUP_SIZE>;
 using GateUpProj = Matrix<INTERMEDIATE_TILES * TILE_ROWS, HIDDEN_SIZE, WEIGHT_BITS, GROUP_SIZE>;
-using DownProj = Matrix<HIDDEN_SIZE, INTERMEDIATE_SIZE, WEIGHT_BITS, GROUP_SIZE>;
+using DownProj = Matrix<HIDDEN_SIZE, INTERMEDIATE_SIZE, WEIGHT_BITS, GROUP_SIZE, DOWN_PART_SEGMENTS>;
 using LmHead = Matrix<VOCAB_SIZE, HIDDEN_SIZE, LM_HEAD_BITS, LM_HEAD_GROUP_SIZE>;
 
 static_assert(QkvProj::BYTES + OProj::BYTES + GateUpProj::BYTES + DownProj::BYTES == LAYER_BYTES,

@@ -62,7 +62,7 @@ __device__ __forceinline__ void publish_residual(const Block& block, uint4* pack
 template <class M>
 __device__ __forceinline__ void zero_activation_tail(Block& block, int from) {
     for (int row = 0; row < num_rows(block.args); ++row) {
-        for (int k = from + block.thread; k < M::K_PAD; k += THREADS) {
+        for (int k = from + block.thread; k < M::PART_K; k += THREADS) {
             block.activations()[row * ACTIVATION_STRIDE + k] = 0;
         }
     }
@@ -83,6 +83,15 @@ __device__ __forceinline__ void scale_rows(const Block& block) {
     squares = block.warp_sum(squares);
     if (block.lane() == 0) {
         block.shared()->norm_scale[row] = rsqrt_approx(squares * (1.0f / HIDDEN_SIZE) + RMS_NORM_EPS);
+    }
+}
+
+// Makes operands of bf16 activations that have arrived.
+template <class M>
+__device__ __forceinline__ void prepare_activations(const Block& block) {
+    if constexpr (INTEGERS) {
+        align_activations<M>(block);
+        sync_threads<THREADS>();
     }
 }
 
@@ -110,29 +119,40 @@ __device__ __forceinline__ bool receive_residual(Block& block, const uint4* pack
     zero_activation_tail<M>(block, HIDDEN_TILES * TILE_ROWS);
     if (sync_threads_or<THREADS>(!arrived)) return false;
     scale_rows(block);
+    prepare_activations<M>(block);
     return true;
 }
 
-// Receives bf16 activations: PER_PACKET to a packet, packets in runs of RUN that hold LENGTH elements, COUNT
-// to a row.
+// Receives bf16 activations, part `part` of the input: PER_PACKET to a packet, packets in runs of RUN that
+// hold LENGTH elements, COUNT to a row.
 template <class M, int PER_PACKET, int RUN, int LENGTH, int COUNT>
-__device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets, uint32_t tag, int where) {
+__device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets, uint32_t tag, int where,
+                                             int part = 0) {
+    constexpr int MOST = M::PARTS == 1 ? COUNT : M::PART_K / LENGTH * RUN;  // of a row in a part
+    static_assert(M::PARTS == 1 || M::PART_K % LENGTH == 0, "parts begin with a run");
+    const int count = M::PARTS == 1 ? COUNT : min_of(MOST, COUNT - part * MOST);
+    const auto row_in = [&](int index) { return M::PARTS == 1 ? row_of(index, COUNT) : index / count; };
+    const auto at = [&](int index) {
+        if (M::PARTS == 1) return packets + index;
+        const int row = row_in(index);
+        return packets + row * COUNT + part * MOST + index - row * count;
+    };
     const auto take = [&](int index, const uint4& packet) {
-        const int row = row_of(index, COUNT), in_row = index - row * COUNT,
-                  in_run = in_row % RUN * PER_PACKET;
+        const int row = row_in(index), in_row = index - row * count, in_run = in_row % RUN * PER_PACKET;
         const int k = in_row / RUN * LENGTH + in_run;
         uint16_t* target = block.activations() + row * ACTIVATION_STRIDE + k;
         const uint32_t words[3] = {packet.x, packet.y, packet.z};
         for (int i = 0; i < PER_PACKET; i += 2) {
-            if (in_run + i < LENGTH && k + i < M::K_PAD) {
+            if (in_run + i < LENGTH && k + i < M::PART_K) {
                 *reinterpret_cast<uint32_t*>(target + i) = words[i / 2];
             }
         }
     };
-    const bool arrived = receive<ROWS * COUNT>(
-        block, num_rows(block.args) * COUNT, tag, where, [&](int index) { return packets + index; }, take);
-    zero_activation_tail<M>(block, COUNT / RUN * LENGTH);
-    return !sync_threads_or<THREADS>(!arrived);
+    const bool arrived = receive<ROWS * MOST>(block, num_rows(block.args) * count, tag, where, at, take);
+    zero_activation_tail<M>(block, count / RUN * LENGTH);
+    if (sync_threads_or<THREADS>(!arrived)) return false;
+    prepare_activations<M>(block);
+    return true;
 }
 
 // The weights of a norm at the block's own tiles of the residual stream: asked for before a wait, kept after
@@ -176,7 +196,7 @@ __device__ __forceinline__ float embedding(const PassArgs& args, int token, int 
             (in_slot / 32 * 2 + step) * LINE_BYTES + lane * 16 + (2 * half + r / 8) * 4 + k % 2 * 2;
         return __uint_as_float(static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(bytes + at)) << 16);
     }
-    const int at = in_slot / 32 * LINE_BYTES + lane * 16 + (2 * step + half) * 4 + k % 2 * 2 + r / 8;
+    const int at = in_slot / 32 * LINE_BYTES + lane * 16 + (2 * step + r / 8) * 4 + k % 4;
     const int slot_k = slot + 1 == LmHead::SLOTS ? LmHead::TAIL_K : LmHead::SLOT_K;
     const uint8_t* scales = bytes + slot_k / 32 * LINE_BYTES;
     const int group = in_slot / LM_HEAD_GROUP_SIZE;
@@ -186,9 +206,9 @@ __device__ __forceinline__ float embedding(const PassArgs& args, int token, int 
 
 // Adds a matrix's outputs (and its bias) to the residual of this block's tiles and publishes the result.
 template <class M>
-__device__ __forceinline__ void multiply_into_residual(Block& block, Stage stage, const float* bias,
+__device__ __forceinline__ void multiply_into_residual(Block& block, Products<M>& products, const float* bias,
                                                        uint4* packets, uint32_t tag) {
-    multiply<M>(block, stage, [&](int own_tile, int row, float sum, bool valid) {
+    products.run(block, [&](int own_tile, int row, float sum, bool valid) {
         const int tile = blockIdx.x + own_tile * gridDim.x, output = block.thread % TILE_ROWS;
         if (bias != nullptr && tile * TILE_ROWS + output < HIDDEN_SIZE)
             sum += bias[tile * TILE_ROWS + output];
@@ -237,9 +257,10 @@ __device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
     const uint32_t tag = tag_of(block.args, layer);
     if (block.own_tiles(STAGE_QKV) == 0) return true;
     const float* vectors = layer_vectors(block, layer);
+    Products<QkvProj> products(block, STAGE_QKV);
     if (!receive_residual<QkvProj>(block, packets.hidden(), tag, where_of(layer, STAGE_QKV))) return false;
     mark(block, layer, MARK_QKV_IN);
-    multiply<QkvProj>(block, STAGE_QKV, [&](int own_tile, int row, float sum, bool valid) {
+    products.run(block, [&](int own_tile, int row, float sum, bool valid) {
         const int tile = blockIdx.x + own_tile * gridDim.x;
         const int element = tile * TILE_ROWS + block.thread % TILE_ROWS;
         sum *= block.shared()->norm_scale[row];
@@ -281,14 +302,15 @@ __device__ __forceinline__ bool o_proj(Block& block, int layer) {
     if (block.own_tiles(STAGE_O) == 0) return true;
     const float* vectors = layer_vectors(block, layer);
     const NextNorm next(block, vectors + POST_ATTENTION_LAYERNORM_OFFSET);
+    Products<OProj> products(block, STAGE_O);
     if (!receive_bf16<OProj, 6, HEAD_PACKETS, HEAD_DIM, ATTENTION_PACKETS>(block, packets.attention(), tag,
                                                                            where_of(layer, STAGE_O))) {
         return false;
     }
     mark(block, layer, MARK_O_IN);
     next.keep(block);
-    multiply_into_residual<OProj>(block, STAGE_O, O_BIAS ? vectors + O_BIAS_OFFSET : nullptr,
-                                  packets.mid_hidden(), tag);
+    multiply_into_residual(block, products, O_BIAS ? vectors + O_BIAS_OFFSET : nullptr, packets.mid_hidden(),
+                           tag);
     mark(block, layer, MARK_O);
     return true;
 }
@@ -299,11 +321,12 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
     const uint32_t tag = tag_of(block.args, layer);
     if (block.own_tiles(STAGE_GATE_UP) == 0) return true;
     const float* vectors = layer_vectors(block, layer);
+    Products<GateUpProj> products(block, STAGE_GATE_UP);
     if (!receive_residual<GateUpProj>(block, packets.mid_hidden(), tag, where_of(layer, STAGE_GATE_UP))) {
         return false;
     }
     mark(block, layer, MARK_GATE_UP_IN);
-    multiply<GateUpProj>(block, STAGE_GATE_UP, [&](int own_tile, int row, float sum, bool valid) {
+    products.run(block, [&](int own_tile, int row, float sum, bool valid) {
         const int tile = blockIdx.x + own_tile * gridDim.x, output = block.thread % TILE_ROWS;
         const int base = block.lane() & 16;
         sum *= block.shared()->norm_scale[row];
@@ -333,14 +356,20 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     const float* vectors = layer_vectors(block, layer);
     const bool last = layer + 1 == NUM_LAYERS;
     const NextNorm next(block, last ? block.args.norm : vectors + VECTORS_SIZE + INPUT_LAYERNORM_OFFSET);
-    if (!receive_bf16<DownProj, 4, BF16_PACKETS, 8, ACTIVATION_PACKETS>(block, packets.activation(), tag,
-                                                                        where_of(layer, STAGE_DOWN))) {
-        return false;
+    Products<DownProj> products(block, STAGE_DOWN);
+    for (int part = 0; part < DownProj::PARTS; ++part) {
+        if (part > 0) products.begin(block, part);
+        if (!receive_bf16<DownProj, 4, BF16_PACKETS, 8, ACTIVATION_PACKETS>(
+                block, packets.activation(), tag, where_of(layer, STAGE_DOWN), part)) {
+            return false;
+        }
+        if (part == 0) {
+            mark(block, layer, MARK_DOWN_IN);
+            next.keep(block);
+        }
+        multiply_into_residual(block, products, MLP_BIAS ? vectors + DOWN_BIAS_OFFSET : nullptr,
+                               packets.next_hidden(), tag_of(block.args, layer + 1));
     }
-    mark(block, layer, MARK_DOWN_IN);
-    next.keep(block);
-    multiply_into_residual<DownProj>(block, STAGE_DOWN, MLP_BIAS ? vectors + DOWN_BIAS_OFFSET : nullptr,
-                                     packets.next_hidden(), tag_of(block.args, layer + 1));
     mark(block, layer, MARK_DOWN);
     return true;
 }
@@ -352,11 +381,12 @@ __device__ __forceinline__ bool norm_lm_head(Block& block) {
     if (block.own_tiles(STAGE_LM_HEAD) == 0) return true;
     const PassArgs& args = block.args;
     if (args.candidates != nullptr) mark_queried(block);
+    Products<LmHead> products(block, STAGE_LM_HEAD);
     if (!receive_residual<LmHead>(block, packets.hidden(), tag, where_of(NUM_LAYERS, STAGE_LM_HEAD))) {
         return false;
     }
     mark(block, NUM_LAYERS, MARK_QKV_IN);
-    multiply<LmHead>(block, STAGE_LM_HEAD, [&](int own_tile, int row, float sum, bool valid) {
+    products.run(block, [&](int own_tile, int row, float sum, bool valid) {
         const int token = (blockIdx.x + own_tile * gridDim.x) * TILE_ROWS + block.thread % TILE_ROWS;
         if (!valid || token >= VOCAB_SIZE || !(args.logits_rows >> row & 1)) return;
         sum *= block.shared()->norm_scale[row];

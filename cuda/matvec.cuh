@@ -1,173 +1,189 @@
-// Matrix times the activation rows in shared memory, in the canonical order: per segment of 256 k a sum
-// that starts from zero and goes in m16n8k16 steps, the segments then added in ascending order. Weights are
-// mma's A operand (16 outputs), activations its B operand (up to 8 rows), so a row's bits do not depend on
-// how many others there are.
+// Matrix times the activation rows in shared memory, in the canonical order: per segment of 256 k a sum that
+// starts from zero, the segments then added in ascending order. Weights are mma's A operand (16 outputs),
+// activations its B operand (columns), so a row's bits do not depend on how many others there are.
 #pragma once
 
-#include "block.cuh"
-
-// ---- dequantisation: how a slot's bytes become A fragments for the 32 k of block j ----
-// A new weight format is one more of these: load(slot, j, lane) gives the two k-steps' fragments, flush()
-// applies the scales of a finished group; with NEEDS_SUMS it gets the sum of the group's activations too, in
-// the accumulators' columns: what mma makes of weights of one, so its bits do not depend on other rows.
-
-constexpr int COLUMNS = min_of(ROWS, 2);  // of a lane's two accumulator columns, those that some row has
-
-template <class M, int BITS = M::BITS>
-struct Dequant;
-
-template <class M>
-struct Dequant<M, 16> {
-    static constexpr bool NEEDS_SUMS = false;
-    __device__ void load(const uint8_t* slot, int j, int lane, uint32_t (&a)[2][4]) {
-        for (int step = 0; step < 2; ++step) {
-            const uint4 v = *reinterpret_cast<const uint4*>(slot + (2 * j + step) * LINE_BYTES + lane * 16);
-            a[step][0] = v.x, a[step][1] = v.y, a[step][2] = v.z, a[step][3] = v.w;
-        }
-    }
-};
-
-template <class M>
-struct Dequant<M, 8> {
-    static constexpr bool NEEDS_SUMS = false;
-    // Two's complement in bytes 0 and 2 of `word` to two bf16: (128 + low seven bits) - (128 or 256), exact.
-    static __device__ uint32_t pair(uint32_t word) {
-        const uint32_t low = (word & 0x007f007f) | 0x43004300;
-        const uint32_t sign = (word & 0x00800080) | 0x43004300;
-        return fma_bf16x2(sign, 0xbf80bf80, low);  // low - sign
-    }
-
-    __device__ void load(const uint8_t* slot, int j, int lane, uint32_t (&a)[2][4]) {
-        const uint4 v = *reinterpret_cast<const uint4*>(slot + j * LINE_BYTES + lane * 16);
-        const uint32_t words[2][2] = {{v.x, v.y}, {v.z, v.w}};
-        for (int step = 0; step < 2; ++step) {
-            for (int half = 0; half < 2; ++half) {
-                a[step][2 * half] = pair(words[step][half]);
-                a[step][2 * half + 1] = pair(words[step][half] >> 8);
-            }
-        }
-    }
-
-    // sum += scale * part for the group whose scales are at `scales` (fp16 [16 rows]).
-    static __device__ void flush(float (&sum)[4], const float (&part)[4], const uint8_t* scales, int lane,
-                                 const float (&)[4]) {
-        const uint16_t* row = reinterpret_cast<const uint16_t*>(scales) + lane / 4;
-        for (int half = 0; half < 2; ++half) {
-            const float scale = half_to_float(row[8 * half]);
-            for (int c = 0; c < COLUMNS; ++c)
-                sum[2 * half + c] = fmaf(scale, part[2 * half + c], sum[2 * half + c]);
-        }
-    }
-};
-
-template <class M>
-struct Dequant<M, 4> {
-    static constexpr bool NEEDS_SUMS = true;
-    const uint32_t mask =
-        static_cast<uint32_t>(opaque(0x00780078));  // in a register, not made anew each time
-
-    // A nibble in mantissa bits 3 to 6 of 0x4180 is 16 + q exactly; flush() takes the 16 out again.
-    __device__ uint32_t pair(uint32_t word, int nibble) const {
-        return mask_or(nibble == 0 ? word << 3 : word >> (4 * nibble - 3), mask, 0x41804180);
-    }
-
-    __device__ void load(const uint8_t* slot, int j, int lane, uint32_t (&a)[2][4]) {
-        const uint4 line =
-            *reinterpret_cast<const uint4*>(slot + j / 2 * LINE_BYTES + lane * 16);  // once for both halves
-        for (int r = 0; r < 4; ++r) {
-            a[0][r] = pair(j % 2 == 0 ? line.x : line.z, r);
-            a[1][r] = pair(j % 2 == 0 ? line.y : line.w, r);
-        }
-    }
-
-    // sum += scale * (part - (16 + zero) * group_sum): part holds the products with 16 + q. Scales are fp16
-    // [16 rows][scale, zero].
-    static __device__ void flush(float (&sum)[4], const float (&part)[4], const uint8_t* scales, int lane,
-                                 const float (&group_sum)[4]) {
-        const uint32_t* row = reinterpret_cast<const uint32_t*>(scales) + lane / 4;
-        for (int half = 0; half < 2; ++half) {
-            const float scale = half_to_float(static_cast<uint16_t>(row[8 * half]));
-            const float offset = -(16.0f + half_to_float(static_cast<uint16_t>(row[8 * half] >> 16)));
-            for (int c = 0; c < COLUMNS; ++c) {
-                sum[2 * half + c] =
-                    fmaf(scale, fmaf(offset, group_sum[c], part[2 * half + c]), sum[2 * half + c]);
-            }
-        }
-    }
-};
-
-// ---- activations ----
-
-// The B fragments of the 32 k from k0 on, of two k-steps: {x, y} and {z, w}. Columns without a row repeat the
-// last.
-__device__ __forceinline__ uint4 load_activations(const Block& block, int k0) {
-    const int row = min_of(block.lane() / 4, num_rows(block.args) - 1);
-    const uint16_t* at = block.activations() + row * ACTIVATION_STRIDE + k0 + 8 * (block.lane() % 4);
-    return *reinterpret_cast<const uint4*>(at);
-}
+#include "activations.cuh"
 
 // ---- one unit: 16 outputs, one segment ----
+// What a warp makes of a unit: add<K>() takes the slots in their order, each K wide, at `in_segment`;
+// finish() leaves part[row][output of the tile]; seen() is a number made of everything that was read in the
+// slots.
 
-// sum += the products of one slot, which covers k0 <= k < k0 + K.
-template <class M, int K>
-__device__ __forceinline__ void multiply_slot(const Block& block, const uint8_t* slot, int k0,
-                                              float (&sum)[4]) {
-    constexpr int RUN =
-        M::BITS == 16 ? K : min_of(M::GROUP, K);  // of k, whose products one accumulator takes
-    constexpr int RUN_BYTES = RUN * M::BITS / 8 * TILE_ROWS;
-    const uint8_t* scales = slot + K * M::BITS / 8 * TILE_ROWS;
-    const uint32_t ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
-#pragma unroll 2
-    for (int run = 0; run < ceil_div(K, RUN); ++run) {
-        Dequant<M> dequant;
-        float part[4] = {}, activations[4] = {};
-        constexpr bool HALF_LINES = M::BITS == 4 && RUN < 64;  // a line of int4 holds 64 k
-        const uint8_t* lines = slot + (HALF_LINES ? run / 2 * 2 : run) * RUN_BYTES;
+template <class M, bool INTEGER = M::BITS != 16>
+class Unit;
+
+// Of a slot the 16 bytes of this lane in line i.
+__device__ __forceinline__ uint4 load_line(const Block& block, const uint8_t* slot, int i) {
+    return *reinterpret_cast<const uint4*>(slot + i * LINE_BYTES + block.lane() * 16);
+}
+
+// bf16: a segment goes in m16n8k16 steps, a column is a row.
+template <class M>
+class Unit<M, false> {
+  public:
+    template <int K>
+    __device__ void add(const Block& block, const uint8_t* slot, int segment, int in_segment) {
+        const int row = min_of(block.lane() / 4, num_rows(block.args) - 1);  // columns without one repeat it
+        const uint16_t* activations = block.activations() + row * ACTIVATION_STRIDE + segment * SEGMENT +
+                                      in_segment + 8 * (block.lane() % 4);
 #pragma unroll
-        for (int j = 0; j < RUN / 32; ++j) {
-            if (K % RUN != 0 && run * RUN + j * 32 >= K) break;
-            const uint4 b = load_activations(block, k0 + run * RUN + 32 * j);
-            uint32_t a[2][4];
-            dequant.load(lines, HALF_LINES ? run % 2 : j, block.lane(), a);
-            float (&target)[4] = M::BITS == 16 ? sum : part;
-            mma_16x8x16(target, a[0], b.x, b.y);
-            mma_16x8x16(target, a[1], b.z, b.w);
-            if constexpr (Dequant<M>::NEEDS_SUMS) {
-                mma_16x8x16(activations, ones, b.x, b.y);
-                mma_16x8x16(activations, ones, b.z, b.w);
+        for (int j = 0; j < K / 32; ++j) {
+            const uint4 b = *reinterpret_cast<const uint4*>(activations + 32 * j);
+            step(load_line(block, slot, 2 * j), b.x, b.y);
+            step(load_line(block, slot, 2 * j + 1), b.z, b.w);
+        }
+    }
+
+    __device__ float seen() const { return sum_[0] + sum_[2]; }
+
+    __device__ void finish(const Block& block, int, float* part) const {
+        const int column = 2 * (block.lane() % 4), output = block.lane() / 4;
+        for (int c = 0; c < min_of(ROWS, 2); ++c) {
+            if (column + c < ROWS) {
+                part[(column + c) * TILE_ROWS + output] = sum_[c];
+                part[(column + c) * TILE_ROWS + output + 8] = sum_[2 + c];
             }
         }
-        if constexpr (M::BITS < 16) {
-            Dequant<M>::flush(sum, part, scales + run * TILE_ROWS * M::SCALE_BYTES, block.lane(),
-                              activations);
-        }
     }
-}
 
-// Multiplies the warp's next unit of the stream into part[row][output of the tile].
+  private:
+    __device__ void step(const uint4& line, uint32_t b0, uint32_t b1) {
+        const uint32_t a[4] = {line.x, line.y, line.z, line.w};
+        mma_16x8x16(sum_, a, b0, b1);
+    }
+
+    float sum_[4] = {};
+};
+
+// How codes become A fragments of integers, how the products of a group become a sum, and what that is worth.
+// A new format of codes is one more of these: load() gives the fragments of the two steps of a block of 64 k;
+// exact() makes of the products with the planes of outputs lane / 4 and 8 more those with the integers, times
+// UNIT[half]; scaled() adds them to the sum of the segment's other groups.
+template <class M, int BITS = M::BITS>
+struct Codes;
+
 template <class M>
-__device__ __forceinline__ void multiply_unit(Block& block, int segment, float* part) {
-    float sum[4] = {};
-    const int first = segment * M::SLOTS_PER_SEGMENT;
-    const int last = min_of(first + M::SLOTS_PER_SEGMENT, M::SLOTS);
-#pragma unroll 1
-    for (int slot = first; slot < last; ++slot) {
-        const uint8_t* bytes = block.stream.wait();
-        if (M::TAIL_K == M::SLOT_K || slot + 1 < M::SLOTS) {
-            multiply_slot<M, M::SLOT_K>(block, bytes, slot * M::SLOT_K, sum);
-        } else {
-            multiply_slot<M, M::TAIL_K>(block, bytes, slot * M::SLOT_K, sum);
-        }
-        block.stream.release(sum[0] + sum[2]);
-    }
-    const int column = 2 * (block.lane() % 4), output = block.lane() / 4;
-    for (int c = 0; c < COLUMNS; ++c) {
-        if (column + c < ROWS) {
-            part[(column + c) * TILE_ROWS + output] = sum[c];
-            part[(column + c) * TILE_ROWS + output + 8] = sum[2 + c];
+struct Codes<M, 8> {
+    static __device__ void load(const Block& block, const uint8_t* slot, int block64, uint32_t (&a)[2][4]) {
+        for (int step = 0; step < 2; ++step) {
+            const uint4 line = load_line(block, slot, 2 * block64 + step);
+            a[step][0] = line.x, a[step][1] = line.y, a[step][2] = line.z, a[step][3] = line.w;
         }
     }
-}
+    static __device__ void multiply(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        mma_16x8x32_signed(d, a, b0, b1);
+    }
+    static __device__ float exact(const int (&d)[4], int half) {
+        return static_cast<float>(256 * d[2 * half] + d[2 * half + 1]);
+    }
+    // Scales are fp16 [16 outputs].
+    static __device__ float scaled(float product, float, const uint8_t* scales, int output, float sum) {
+        return fmaf(half_to_float(reinterpret_cast<const uint16_t*>(scales)[output]), product, sum);
+    }
+};
+
+template <class M>
+struct Codes<M, 4> {
+    // A byte has the codes of outputs o and, above, o + 8. As it is it counts for the one, with the lower
+    // half gone for the other: 16 times its code.
+    static __device__ void load(const Block& block, const uint8_t* slot, int block64, uint32_t (&a)[2][4]) {
+        const uint4 line = load_line(block, slot, block64);
+        a[0][0] = line.x, a[0][2] = line.y, a[1][0] = line.z, a[1][2] = line.w;
+        for (int step = 0; step < 2; ++step) {
+            for (int half = 0; half < 2; ++half) a[step][2 * half + 1] = a[step][2 * half] & 0xf0f0f0f0;
+        }
+    }
+    static __device__ void multiply(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        mma_16x8x32_unsigned(d, a, b0, b1);
+    }
+    static __device__ float exact(const int (&d)[4], int half) {
+        const int upper = 256 * d[2] + d[3];
+        return half == 1 ? static_cast<float>(upper) * 0.0625f
+                         : static_cast<float>(256 * d[0] + d[1] - upper);
+    }
+    // Scales are fp16 [16 outputs][scale, zero].
+    static __device__ float scaled(float product, float group_sum, const uint8_t* scales, int output,
+                                   float sum) {
+        const uint32_t both = reinterpret_cast<const uint32_t*>(scales)[output];
+        const float zero = half_to_float(static_cast<uint16_t>(both >> 16));
+        return fmaf(half_to_float(static_cast<uint16_t>(both)), fmaf(-zero, group_sum, product), sum);
+    }
+};
+
+// int8 and int4: a group goes in m16n8k32 steps of integers, two columns are a row's planes. With t = lane %
+// 4 a lane has rows t and, of more than four, t + 4; outputs lane / 4 and 8 more.
+template <class M>
+class Unit<M, true> {
+  public:
+    template <int K>
+    __device__ void add(const Block& block, const uint8_t* slot, int segment, int in_segment) {
+        const uint8_t* scales = slot + K * M::BITS / 8 * TILE_ROWS;
+        int products[ROW_SETS][4] = {};
+#pragma unroll(ROW_SETS == 1 ? 4 : 2)  // registers are short
+        for (int block64 = 0; block64 < K / 64; ++block64) {
+            uint32_t a[2][4];
+            Codes<M>::load(block, slot, block64, a);
+            uint4 b[ROW_SETS];
+            for (int set = 0; set < ROW_SETS; ++set) {
+                b[set] = load_planes(block, set, segment, in_segment / 64 + block64);
+            }
+#pragma unroll
+            for (int step = 0; step < 2; ++step) {
+                for (int set = 0; set < ROW_SETS; ++set) {
+                    Codes<M>::multiply(products[set], a[step], step == 0 ? b[set].x : b[set].z,
+                                       step == 0 ? b[set].y : b[set].w);
+                }
+                const int k = 64 * block64 + 32 * step, group = k / M::GROUP;
+                if ((k + 32) % M::GROUP == 0 || k + 32 == K) {
+                    add_group(block, products, scales + group * TILE_ROWS * M::SCALE_BYTES,
+                              (segment * SEGMENT + in_segment) / M::GROUP + group);
+                }
+            }
+        }
+    }
+
+    __device__ float seen() const { return sum_[0][0] + sum_[0][1]; }
+
+    __device__ void finish(const Block& block, int segment, float* part) const {
+        const int output = block.lane() / 4;
+        for (int set = 0; set < ROW_SETS; ++set) {
+            const int row = block.lane() % 4 + 4 * set;
+            if (row >= ROWS) continue;
+            const float scale = block.scales()->segment[row * MAX_SEGMENTS + segment];
+            part[row * TILE_ROWS + output] = sum_[set][0] * scale;
+            part[row * TILE_ROWS + output + 8] = sum_[set][1] * scale;
+        }
+    }
+
+  private:
+    static constexpr int ROW_SETS = ceil_div(ROWS, 4);
+
+    // Of two steps the B fragments: {x, y} and {z, w}. Columns without a row repeat the last.
+    static __device__ uint4 load_planes(const Block& block, int set, int segment, int block64) {
+        const int column = block.lane() / 4, row = min_of(column / 2 + 4 * set, num_rows(block.args) - 1);
+        const uint16_t* at = block.activations() + row * ACTIVATION_STRIDE + segment * SEGMENT;
+        return *reinterpret_cast<const uint4*>(reinterpret_cast<const uint8_t*>(at) +
+                                               plane_offset(column % 2, block64, block.lane() % 4));
+    }
+
+    // Adds the finished products of a group and begins the next.
+    __device__ void add_group(const Block& block, int (&products)[ROW_SETS][4], const uint8_t* scales,
+                              int group) {
+        for (int set = 0; set < ROW_SETS; ++set) {
+            const int row = min_of(block.lane() % 4 + 4 * set, ROWS - 1);
+            float group_sum = 0.0f;
+            if constexpr (M::BITS == 4) group_sum = block.scales()->group_sum[row * MAX_GROUPS + group];
+            for (int half = 0; half < 2; ++half) {
+                sum_[set][half] = Codes<M>::scaled(Codes<M>::exact(products[set], half), group_sum, scales,
+                                                   block.lane() / 4 + 8 * half, sum_[set][half]);
+            }
+            for (int i = 0; i < 4; ++i) products[set][i] = 0;
+        }
+    }
+
+    float sum_[ROW_SETS][2] = {};
+};
 
 // ---- all units of a stage ----
 
@@ -176,49 +192,102 @@ template <class M>
 constexpr int ROUND =
     ROUND_UNITS % M::SEGMENTS < WARPS / 2 ? ROUND_UNITS / M::SEGMENTS * M::SEGMENTS : ROUND_UNITS;
 
-// Adds the segments of units [first, last) in ascending order. A tile that is complete goes to
-// epilogue(own tile, row, value, valid) in half warps, lane % 16 being the output, as for_half_warps() says;
-// one that goes on in the next round is carried.
-template <class M, class Epilogue>
-__device__ __forceinline__ void add_segments(Block& block, const float* part, int first, int last, int parity,
-                                             Epilogue epilogue) {
-    constexpr bool WHOLE_TILES = ROUND<M> % M::SEGMENTS == 0;
-    const int first_tile = first / M::SEGMENTS;
-    const int jobs = (ceil_div(last, M::SEGMENTS) - first_tile) * num_rows(block.args);
-    const int output = block.thread % TILE_ROWS;
-    for_half_warps(block, jobs, [&](int job, bool valid) {
-        const int tile = first_tile + job / num_rows(block.args), row = job % num_rows(block.args);
-        const int tile_begin = tile * M::SEGMENTS, tile_end = tile_begin + M::SEGMENTS;
-        const int begin = WHOLE_TILES ? tile_begin : max_of(first, tile_begin);
-        const int end = WHOLE_TILES ? tile_end : min_of(last, tile_end);
-        float* carry = block.shared()->carry + row * TILE_ROWS + output;
-        float sum = begin == tile_begin ? 0.0f : carry[parity * ROWS * TILE_ROWS];
-#pragma unroll 8
-        for (int unit = begin; unit < end; ++unit) {
-            sum += part[((unit - first) * ROWS + row) * TILE_ROWS + output];
-        }
-        if (!WHOLE_TILES && valid && end < tile_end) carry[(parity ^ 1) * ROWS * TILE_ROWS] = sum;
-        epilogue(tile, row, sum, valid && end == tile_end);
-    });
-}
+// The block's share of M, the matrix of `stage`, times its activations, part by part of the input: begin(),
+// then the part's activations in place and a barrier, then run(). All threads do so. Unit u of a part is warp
+// u % WARPS's, in the stream's order too.
+template <class M>
+class Products {
+  public:
+    __device__ Products(Block& block, Stage stage) : tiles_(block.own_tiles(stage)) { begin(block, 0); }
 
-// Runs the block's share of M, the matrix of `stage`, times its activations. All threads call it, with the
-// activations in place. Rounds take turns with two buffers: whoever adds up a round is done with it before
-// anyone begins the next but one.
-template <class M, class Epilogue>
-__device__ __forceinline__ void multiply(Block& block, Stage stage, Epilogue epilogue) {
-    const int units = block.own_tiles(stage) * M::SEGMENTS;
-    int parity = 0;
-    for (int first = 0; first < units; first += ROUND<M>) {
-        const int last = min_of(first + ROUND<M>, units);
-        float* part = block.shared()->part + parity * ROUND_UNITS * ROWS * TILE_ROWS;
-        // Unit u is warp u % WARPS's, in the stream's order too.
-        for (int unit = first + (block.warp() - first & (WARPS - 1)); unit < last; unit += WARPS) {
-            multiply_unit<M>(block, unit % M::SEGMENTS, part + (unit - first) * ROWS * TILE_ROWS);
-            block.stream.refill();
-        }
-        sync_threads<THREADS>();
-        add_segments<M>(block, part, first, last, parity, epilogue);
-        parity ^= 1;
+    // Waits for the warp's first slot, which does not depend on the input: that may arrive meanwhile.
+    __device__ void begin(Block& block, int part) {
+        part_ = part;
+        if (block.warp() < tiles_ * segments()) slot_ = block.stream.wait();
     }
-}
+
+    // Rounds take turns with two buffers: whoever adds up a round is done with it before anyone begins the
+    // next but one. epilogue: see add_segments().
+    template <class Epilogue>
+    __device__ void run(Block& block, Epilogue epilogue) {
+        const int units = tiles_ * segments();
+        int parity = 0;
+        for (int first = 0; first < units; first += ROUND<M>) {
+            const int last = min_of(first + ROUND<M>, units);
+            float* sums = block.shared()->part + parity * ROUND_UNITS * ROWS * TILE_ROWS;
+            for (int unit = first + (block.warp() - first & (WARPS - 1)); unit < last; unit += WARPS) {
+                multiply(block, unit % segments(), sums + (unit - first) * ROWS * TILE_ROWS);
+                if (unit + WARPS < units) slot_ = block.stream.wait();
+                block.stream.refill();
+            }
+            sync_threads<THREADS>();
+            add_segments(block, sums, first, last, parity, epilogue);
+            parity ^= 1;
+        }
+    }
+
+  private:
+    // In the part.
+    __device__ int segments() const {
+        return M::PARTS == 1 ? M::SEGMENTS : min_of(M::PART_SEGMENTS, M::SEGMENTS - part_ * M::PART_SEGMENTS);
+    }
+
+    // Multiplies a unit, whose first slot is there, into sums[row][output of the tile]. `segment` counts in
+    // the part.
+    __device__ void multiply(Block& block, int segment, float* sums) {
+        Unit<M> unit;
+        const int first = (part_ * M::PART_SEGMENTS + segment) * M::SLOTS_PER_SEGMENT;
+        const int last = min_of(first + M::SLOTS_PER_SEGMENT, M::SLOTS);
+#pragma unroll 1
+        for (int slot = first; slot < last; ++slot) {
+            const int in_segment = (slot - first) * M::SLOT_K;
+            if (M::TAIL_K == M::SLOT_K || slot + 1 < M::SLOTS) {
+                unit.template add<M::SLOT_K>(block, slot_, segment, in_segment);
+            } else {
+                unit.template add<M::TAIL_K>(block, slot_, segment, in_segment);
+            }
+            block.stream.release(unit.seen());
+            if (slot + 1 < last) slot_ = block.stream.wait();
+        }
+        unit.finish(block, segment, sums);
+    }
+
+    // Adds the segments of units [first, last) in ascending order. A tile that is complete goes to
+    // epilogue(own tile, row, value, valid) in half warps, lane % 16 being the output, as for_half_warps()
+    // says. What goes on is carried: in the next round only one tile, in the next part of the input every
+    // one.
+    template <class Epilogue>
+    __device__ void add_segments(Block& block, const float* sums, int first, int last, int parity,
+                                 Epilogue epilogue) const {
+        const int first_tile = first / segments();
+        const int jobs = (ceil_div(last, segments()) - first_tile) * num_rows(block.args);
+        const int output = block.thread % TILE_ROWS;
+        for_half_warps(block, jobs, [&](int job, bool valid) {
+            const int tile = first_tile + job / num_rows(block.args), row = job % num_rows(block.args);
+            const int tile_begin = tile * segments(), tile_end = tile_begin + segments();
+            const auto segment = [&](int unit) {
+                return sums[((unit - first) * ROWS + row) * TILE_ROWS + output];
+            };
+            float sum = 0.0f;
+            if constexpr (M::PARTS == 1 && ROUND<M> % M::SEGMENTS == 0) {
+#pragma unroll
+                for (int i = 0; i < M::SEGMENTS; ++i) sum += segment(tile_begin + i);
+                epilogue(tile, row, sum, valid);
+                return;
+            }
+            float* carry = block.shared()->carry + row * TILE_ROWS + output;
+            const int from = M::PARTS > 1 ? tile : parity, to = M::PARTS > 1 ? tile : parity ^ 1;
+            const int begin = max_of(first, tile_begin), end = min_of(last, tile_end);
+            if (begin > tile_begin || part_ > 0) sum = carry[from * ROWS * TILE_ROWS];
+#pragma unroll 8
+            for (int unit = begin; unit < end; ++unit) sum += segment(unit);
+            const bool complete = end == tile_end && part_ + 1 == M::PARTS;
+            if (valid && !complete) carry[to * ROWS * TILE_ROWS] = sum;
+            epilogue(tile, row, sum, valid && complete);
+        });
+    }
+
+    const int tiles_;
+    int part_;
+    const uint8_t* slot_;  // that waits to be multiplied
+};

@@ -38,7 +38,28 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same for a 16 x 8 by 8 x 8 step: a[0], a[1] hold rows {g, g+8} at k {2t, 2t+1}, b column g at the same.
+// The same for a 16 x 32 by 32 x 8 step of integers: a of 8 bits, signed or not, b signed, d of 32. a holds
+// rows {g, g+8} at k 4t .. 4t+3 in a[0], a[1] and at k 16 more in a[2], a[3], a byte each; b0 holds column g
+// at k 4t .. 4t+3, b1 at 16 more.
+#define MMA_16X8X32(TYPE)                                 \
+    asm("mma.sync.aligned.m16n8k32.row.col.s32." TYPE     \
+        ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
+        "{%0,%1,%2,%3};"                                  \
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])  \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
+__device__ __forceinline__ void mma_16x8x32_signed(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                   uint32_t b1) {
+    MMA_16X8X32("s8");
+}
+
+__device__ __forceinline__ void mma_16x8x32_unsigned(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                     uint32_t b1) {
+    MMA_16X8X32("u8");
+}
+
+// The same for a 16 x 8 by 8 x 8 step of bf16: a[0], a[1] hold rows {g, g+8} at k {2t, 2t+1}, b column g at
+// the same.
 __device__ __forceinline__ void mma_16x8x8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -52,20 +73,6 @@ __device__ __forceinline__ void load_transposed(uint32_t (&d)[2], const void* sh
                  : "=r"(d[0]), "=r"(d[1])
                  : "r"(shared_address(shared))
                  : "memory");
-}
-
-// (x & mask) | bits, as one instruction whose mask stays in a register.
-__device__ __forceinline__ uint32_t mask_or(uint32_t x, uint32_t mask, uint32_t bits) {
-    uint32_t d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(x), "r"(mask), "r"(bits));
-    return d;
-}
-
-// a * b + c in each bf16 half, rounded once.
-__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
 }
 
 // Two floats rounded to bf16, to nearest even; `low` lands in the low half.
@@ -107,6 +114,13 @@ __device__ __forceinline__ uint32_t warp_min(uint32_t x) {
     uint32_t least;
     asm volatile("redux.sync.min.u32 %0, %1, 0xffffffff;" : "=r"(least) : "r"(x));
     return least;
+}
+
+// The greatest.
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
+    uint32_t greatest;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(greatest) : "r"(x));
+    return greatest;
 }
 
 // Starts copying 16 bytes from global to shared memory (both 16-byte aligned), past the L1. They may land
@@ -211,7 +225,7 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint
 // The first COUNT threads of the block, whole warps, wait for each other.
 template <int COUNT>
 __device__ __forceinline__ void sync_threads() {
-    asm volatile("barrier.sync 1, %0;" ::"n"(COUNT) : "memory");
+    asm volatile("barrier.sync.aligned 1, %0;" ::"n"(COUNT) : "memory");
 }
 
 // The same; whether any of them brought true.
@@ -219,7 +233,7 @@ template <int COUNT>
 __device__ __forceinline__ bool sync_threads_or(bool value) {
     uint32_t any;
     asm volatile(
-        "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.red.or.pred q, 1, %2, p; selp.u32 %0, 1, 0, q; }"
+        "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.red.aligned.or.pred q, 1, %2, p; selp.u32 %0, 1, 0, q; }"
         : "=r"(any)
         : "r"(static_cast<uint32_t>(value)), "n"(COUNT)
         : "memory");
@@ -252,9 +266,9 @@ __device__ __forceinline__ uint32_t fetch_add_shared(uint32_t* p, uint32_t adden
     return old;
 }
 
-// Ends the kernel with an error of the device.
-__device__ __forceinline__ void trap() {
-    asm volatile("trap;");
+// If it is `hopeless`, ends the kernel with an error of the device.
+__device__ __forceinline__ void trap_if(bool hopeless) {
+    if (hopeless) asm volatile("trap;");
 }
 
 // ---- memory that blocks share ----

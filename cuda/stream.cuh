@@ -22,14 +22,14 @@ enum Stage {
 
 // Matrix, at run time.
 struct MatrixShape {
-    int tiles, segments, slots, slots_per_segment, slot_bytes, tail_bytes, tile_bytes;
+    int tiles, segments, part_segments, slots, slots_per_segment, slot_bytes, tail_bytes, tile_bytes;
     uint64_t offset;  // in its layer
 };
 
 template <class M>
 constexpr MatrixShape shape_of(uint64_t offset) {
-    return {M::TILES,      M::SEGMENTS,   M::SLOTS,      M::SLOTS_PER_SEGMENT,
-            M::SLOT_BYTES, M::TAIL_BYTES, M::TILE_BYTES, offset};
+    return {M::TILES,      M::SEGMENTS,   M::PART_SEGMENTS, M::SLOTS, M::SLOTS_PER_SEGMENT,
+            M::SLOT_BYTES, M::TAIL_BYTES, M::TILE_BYTES,    offset};
 }
 
 __constant__ MatrixShape SHAPES[NUM_STAGES] = {
@@ -57,9 +57,10 @@ __device__ __forceinline__ int count_own_tiles(int tiles) {
 
 // ---- the order of a warp's stream ----
 
-// Walks over the slots that one warp consumes in a pass. In a stage with a matrix a block's work is a list of
-// units, one per (own tile, segment of k), segments innermost; warp w takes units w, w + WARPS, ... In
-// attention the units are the keys and then the values of the warp's tile of each of the block's items.
+// Walks over the slots that one warp consumes in a pass. In a stage with a matrix a block's work is, for each
+// part of the input, a list of units, one per (own tile, segment of k), segments innermost; warp w takes
+// units w, w + WARPS, ... of each part. In attention the units are the keys and then the values of the warp's
+// tile of each of the block's items.
 class Cursor {
   public:
     __device__ void start(const PassArgs& args, int warp) {
@@ -108,18 +109,31 @@ class Cursor {
         matrix_ = stage_ == STAGE_LM_HEAD
                       ? args.lm_head
                       : args.layers + static_cast<uint64_t>(layer_) * LAYER_BYTES + shape.offset;
-        unit_ = blockIdx.x;
-        segment_ = warp_ - WARPS;
+        part_begin_ = 0;
+        enter_part();
         return next_segment();
     }
 
-    // Here unit_ is the tile, counted in the matrix.
+    __device__ void enter_part() {
+        unit_ = blockIdx.x;
+        segment_ = warp_ - WARPS;
+    }
+
+    // Here unit_ is the tile, counted in the matrix, segment_ the segment, counted in the part that begins
+    // with segment part_begin_.
     __device__ bool next_segment() {
         const MatrixShape& shape = SHAPES[stage_];
-        for (segment_ += WARPS; segment_ >= shape.segments; segment_ -= shape.segments) unit_ += gridDim.x;
-        if (unit_ >= shape.tiles) return false;
-        const bool ends_tile = segment_ + 1 == shape.segments;
-        const int slot = segment_ * shape.slots_per_segment;
+        for (;;) {
+            const int segments = min_of(shape.part_segments, shape.segments - part_begin_);
+            for (segment_ += WARPS; segment_ >= segments; segment_ -= segments) unit_ += gridDim.x;
+            if (unit_ < shape.tiles) break;
+            part_begin_ += segments;
+            if (part_begin_ == shape.segments) return false;
+            enter_part();
+        }
+        const int segment = part_begin_ + segment_;
+        const bool ends_tile = segment + 1 == shape.segments;
+        const int slot = segment * shape.slots_per_segment;
         next_ = matrix_ + static_cast<uint64_t>(unit_) * shape.tile_bytes + slot * shape.slot_bytes;
         slot_bytes_ = shape.slot_bytes;
         last_bytes_ = ends_tile ? shape.tail_bytes : shape.slot_bytes;
@@ -150,7 +164,7 @@ class Cursor {
     const uint8_t* next_;
     int slots_left_;  // of the unit; 0 where cross() must be called, and at the end of the stream
     int slot_bytes_, last_bytes_;
-    int warp_, layer_, stage_, unit_, segment_;
+    int warp_, layer_, stage_, unit_, segment_, part_begin_;
     const uint8_t* matrix_;
 };
 
@@ -259,9 +273,8 @@ constexpr uint32_t MOST_POLLS = 1u << 26;
 
 // A copy always lands: one that does not within so many polls, each of which may sleep, is a fault.
 __device__ __forceinline__ void await_copy(uint64_t* full, uint32_t parity) {
-    uint32_t polls = 0;
-    while (!mbarrier_try_wait(full, parity) && polls < MOST_POLLS) ++polls;
-    if (polls == MOST_POLLS) trap();
+    for (uint32_t polls = 0; !mbarrier_try_wait(full, parity); trap_if(++polls == MOST_POLLS)) {
+    }
 }
 
 // A warp's end of the ring that fill_rings() fills for it.

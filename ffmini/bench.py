@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import __version__, gpu
 from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, parse_config, read_json
-from .cpu import CPUDecoder
+from .cpu import CPUDecoder, held_bytes
 from .errors import GenerationError, UnsupportedError
 from .info import add_model_arguments, device_name, driver_version
 from .kernel import MAX_ROWS, cached_cubin, has_bulk_copies, max_rows
@@ -166,13 +166,13 @@ def pass_bytes(packed: PackedModel, depth: int, unpacked: bool = False, rows: in
 
     All layers' matrices and vectors as stored (scales and padding included), the final norm, the lm_head,
     `rows` rows of an embedding table that is not the lm_head, and K and V that the first row's windows show.
-    `unpacked`: as the CPU path holds them, matrices and cache in float32.
+    `unpacked`: as the CPU path holds them, matrices, scales and cache in float32.
     """
     config = packed.config
 
     def matrix_bytes(name: str) -> int:
         layout = packed.layouts[name]
-        return 4 * layout.rows * layout.cols if unpacked else layout.nbytes
+        return held_bytes(layout) if unpacked else layout.nbytes
 
     layer = sum(matrix_bytes(name) for name in LAYER_MATRICES) + 4 * vectors_length(config)
     embed_rows = 0 if config.tie_word_embeddings else 2 * config.hidden_size * rows

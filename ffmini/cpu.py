@@ -4,14 +4,15 @@ Stages have the kernel's names and can be run one by one; `start` is the positio
 only decides where BLAS gets to see the rows (see `multiply`). Two precisions:
 
 - "bf16" rounds to bf16 where the kernel does (operands of products, K and V, probabilities) and accumulates
-  in float32. A position's result has the same bits however the positions are grouped into passes.
+  in float32; int8 and int4 codes are multiplied in integers, as the kernel does (see `QuantizedMatrix`). A
+  position's result has the same bits however the positions are grouped into passes.
 - "float64" computes everything in double and rounds nothing: the truth that both are measured against.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,17 +20,28 @@ from tqdm import tqdm
 
 from .candidates import Candidates, Query, summarise
 from .errors import GenerationError, MemoryBudgetError
-from .layout import MatrixLayout, ceil_div
+from .layout import SEGMENT, TILE_ROWS, MatrixLayout, ceil_div
 from .memory import available_memory
-from .numerics import from_bf16, round_bf16
-from .packing import LAYER_MATRICES, PackedLayer, PackedModel, unpack_matrix, vector_offsets
+from .numerics import align, from_bf16, round_bf16, split_bytes
+from .packing import (
+    LAYER_MATRICES,
+    PackedLayer,
+    PackedModel,
+    unpack_matrix,
+    unpack_quantized,
+    vector_offsets,
+)
 from .passes import check_pass
 from .rope import rope_tables
 
 ROW_BLOCK = 16  # rows of every matrix product; see `multiply`
 KV_BLOCK = 256  # absolute positions per partial softmax
 MAX_ROWS = 64  # rows that go through the layers together: bounds the scratch memory, changes no bit
-UNPACK_TILES = 256  # tiles of 16 rows unpacked at a time
+UNPACK_TILES = 32  # tiles of 16 rows unpacked at a time: bounds the temporary copies
+# Rows of a quantised matrix multiplied at a time: many, because BLAS's threads wait for each other after each
+# product; by one row of activations so few that BLAS takes one thread and copies nothing.
+PRODUCT_ROWS = 4096
+PRODUCT_ROWS_BY_ONE = 512
 
 
 def multiply(x: np.ndarray, w: np.ndarray, slot: int) -> np.ndarray:
@@ -64,14 +76,150 @@ def silu(x: np.ndarray) -> np.ndarray:
         return x / (1.0 + np.exp(-x))
 
 
+# ---- matrices ------------------------------------------------------------------------------------------
+
+
+class DenseMatrix:
+    """A matrix of floats [rows, cols]: bf16 weights, and weights of any format in the float64 precision."""
+
+    def __init__(self, packed: np.ndarray, layout: MatrixLayout, dtype: type) -> None:
+        self._w = np.empty((layout.rows, layout.cols), dtype)
+        for rows, tiles in _row_blocks(layout):
+            self._w[rows] = unpack_matrix(packed, layout, tiles)
+
+    @property
+    def nbytes(self) -> int:
+        return self._w.nbytes
+
+    def rows(self, which: np.ndarray) -> np.ndarray:
+        """The rows `which` [R] -> [R, cols]."""
+        return self._w[which]
+
+    def product(self, x: np.ndarray, start: int) -> np.ndarray:
+        """x [R, cols], rows at positions from `start` on, times the matrix transposed -> [R, rows]."""
+        return multiply(x, self._w, start)
+
+
+class QuantizedMatrix:
+    """An int8 or int4 matrix, multiplied as the kernel does: in integers within a group, then in float32.
+
+    Codes lie group by group as float32 [groups, rows, group_size], zeros beyond the matrix, and scales and
+    zeros as float32 [groups, rows]. Codes and bytes of activations are integers so small that a group's sum
+    stays below 2**24: float32 BLAS adds them without rounding, in whatever order.
+    """
+
+    def __init__(self, packed: np.ndarray, layout: MatrixLayout) -> None:
+        self._cols, self._group_size = layout.cols, layout.group_size
+        groups = ceil_div(layout.cols, layout.group_size)
+        self._codes = np.zeros((groups, layout.rows, layout.group_size), np.float32)
+        self._scale = np.empty((groups, layout.rows), np.float32)
+        self._zero = np.empty_like(self._scale) if layout.format == "int4" else None
+        tiles_of = packed.reshape(layout.tiles, layout.tile_bytes)
+        for rows, tiles in _row_blocks(layout):
+            part = unpack_quantized(tiles_of[tiles], layout)
+            count = rows.stop - rows.start
+            self._codes[:, rows] = self._in_groups(part.codes[:count])
+            self._scale[:, rows] = part.scale[:count].T
+            if self._zero is not None:
+                self._zero[:, rows] = part.zero[:count].T
+
+    @property
+    def nbytes(self) -> int:
+        zeros = 0 if self._zero is None else self._zero.nbytes
+        return self._codes.nbytes + self._scale.nbytes + zeros
+
+    def rows(self, which: np.ndarray) -> np.ndarray:
+        """The rows `which` [R] as float32 weights [R, cols]."""
+        w = self._codes[:, which]
+        if self._zero is not None:
+            w = w - self._zero[:, which, None]
+        w = w * self._scale[:, which, None]
+        return w.swapaxes(0, 1).reshape(len(which), -1)[:, : self._cols]
+
+    def product(self, x: np.ndarray, start: int) -> np.ndarray:
+        """x [R, cols], bf16 values, times the matrix transposed -> [R, rows]; `start` does not matter.
+
+        The sums of a segment's groups are added in ascending order, times the segment's power of two, and
+        the segments in ascending order.
+        """
+        q, power = align(x, SEGMENT)
+        # High bytes of all rows, then low bytes: [groups, 2 R, group_size].
+        split = self._in_groups(np.concatenate(split_bytes(q)).astype(np.float32))
+        sums = self._in_groups(q).sum(axis=-1, dtype=np.int32).astype(np.float32)
+        in_segment = SEGMENT // self._group_size
+        total = np.zeros((len(x), self._codes.shape[1]), np.float32)
+        step = PRODUCT_ROWS_BY_ONE if len(x) == 1 else PRODUCT_ROWS
+        for first in range(0, total.shape[1], step):
+            rows = slice(first, first + step)
+            for segment in range(power.shape[1]):
+                groups = slice(segment * in_segment, (segment + 1) * in_segment)
+                part = self._segment_product(split[groups], sums[groups], groups, rows)
+                total[:, rows] += part * power[:, segment, None]
+        return total
+
+    def _segment_product(self, split: np.ndarray, sums: np.ndarray, groups: slice, rows: slice) -> np.ndarray:
+        """Bytes of q [groups, 2 R, group_size] and sums of q [groups, R] of one segment -> [R, rows]."""
+        high, low = np.split(split @ self._codes[groups, rows].swapaxes(-1, -2), 2, axis=1)
+        product = 256 * high + low  # one rounding: high, low and 256 * high are exact
+        if self._zero is not None:
+            product -= self._zero[groups, None, rows] * sums[:, :, None]
+        product *= self._scale[groups, None, rows]
+        total = np.zeros_like(product[0])
+        for group in product:  # np.sum promises no order
+            total += group
+        return total
+
+    def _in_groups(self, x: np.ndarray) -> np.ndarray:
+        """x [n, cols] -> [groups, n, group_size], zeros beyond cols."""
+        groups = len(self._codes)
+        padded = np.zeros((groups, len(x), self._group_size), x.dtype)
+        whole = self._cols // self._group_size
+        end = whole * self._group_size
+        padded[:whole] = x[:, :end].reshape(len(x), whole, self._group_size).swapaxes(0, 1)
+        if whole < groups:
+            padded[whole, :, : self._cols - end] = x[:, end:]
+        return padded
+
+
+Matrix = DenseMatrix | QuantizedMatrix
+
+
+def load_matrix(packed: np.ndarray, layout: MatrixLayout, precision: str) -> Matrix:
+    """The matrix of `packed` (uint8 [layout.nbytes]) for a decoder of this precision."""
+    if precision == "float64":
+        return DenseMatrix(packed, layout, np.float64)
+    return (
+        DenseMatrix(packed, layout, np.float32)
+        if layout.format == "bf16"
+        else QuantizedMatrix(packed, layout)
+    )
+
+
+def held_bytes(layout: MatrixLayout, precision: str = "bf16") -> int:
+    """Bytes of a matrix as a decoder of this precision holds it: nbytes of what load_matrix makes."""
+    if precision == "float64":
+        return 8 * layout.rows * layout.cols
+    if layout.format == "bf16":
+        return 4 * layout.rows * layout.cols
+    parameters = {"int8": 1, "int4": 2}[layout.format]  # scale; scale and zero
+    return 4 * layout.rows * ceil_div(layout.cols, layout.group_size) * (layout.group_size + parameters)
+
+
+def _row_blocks(layout: MatrixLayout) -> Iterator[tuple[slice, slice]]:
+    """Rows of the matrix and the tiles that hold them, block by block."""
+    for first in range(0, layout.tiles, UNPACK_TILES):
+        end = min(first + UNPACK_TILES, layout.tiles)
+        yield slice(first * TILE_ROWS, min(end * TILE_ROWS, layout.rows)), slice(first, end)
+
+
 @dataclass
 class _Layer:
-    """One layer's weights as dense matrices [rows, cols] in packed row order, and its vectors by name."""
+    """One layer's matrices, rows in packed order, and its vectors by name."""
 
-    qkv_proj: np.ndarray
-    o_proj: np.ndarray
-    gate_up_proj: np.ndarray
-    down_proj: np.ndarray
+    qkv_proj: Matrix
+    o_proj: Matrix
+    gate_up_proj: Matrix
+    down_proj: Matrix
     vectors: dict[str, np.ndarray]
     window: int
 
@@ -99,7 +247,7 @@ class CPUDecoder:
         disable = None if progress else True  # None: shown if stderr is a terminal
         layers = tqdm(packed.layers, desc="unpacking", unit="layer", file=sys.stderr, disable=disable)
         self._layers = [self._unpack_layer(packed, i, layer) for i, layer in enumerate(layers)]
-        self._lm_head = self._unpack(packed.lm_head, packed.layouts["lm_head"])
+        self._lm_head = load_matrix(packed.lm_head, packed.layouts["lm_head"], precision)
         self._embed_bits = packed.embed_tokens
         self._norm = packed.norm.astype(self._dtype)
         self._cos, self._sin = rope_tables(self.config, max_seq_len, self._dtype)
@@ -116,15 +264,18 @@ class CPUDecoder:
 
     def _check_memory(self, packed: PackedModel) -> None:
         """Compare weights, KV cache and a pass's scratch with the memory that is free."""
-        config, itemsize = self.config, np.dtype(self._dtype).itemsize
-        layouts = packed.layouts
-        per_layer = sum(layouts[name].rows * layouts[name].cols for name in LAYER_MATRICES)
-        head = layouts["lm_head"]
-        weights = (config.num_layers * per_layer + head.rows * head.cols) * itemsize
+        config, layouts = self.config, packed.layouts
+        itemsize = np.dtype(self._dtype).itemsize
+        held = {name: held_bytes(layout, self.precision) for name, layout in layouts.items()}
+        weights = config.num_layers * sum(held[name] for name in LAYER_MATRICES) + held["lm_head"]
         cache = 2 * int(np.prod(self._cache_shape())) * itemsize
         heads = config.num_heads
-        # Per row: activations; scores of a block of positions in a few forms; every block's partial result.
-        per_row = 4 * sum(layouts[name].rows for name in LAYER_MATRICES) + head.rows + 6 * heads * KV_BLOCK
+        # Per row: activations; logits; an operand, a block of its products and the scores of a block of
+        # positions, each in a few forms; every block's partial result.
+        per_row = 4 * sum(layouts[name].rows for name in LAYER_MATRICES) + 3 * config.vocab_size
+        per_row += 8 * max(layout.cols for layout in layouts.values()) + 6 * heads * KV_BLOCK
+        most_rows = max(layout.rows for layout in layouts.values())
+        per_row += 6 * min(PRODUCT_ROWS, most_rows) * (SEGMENT // packed.group_size)
         per_row += ceil_div(self.max_seq_len, KV_BLOCK) * heads * (config.head_dim + 2)
         scratch = MAX_ROWS * per_row * itemsize
         needed, free = weights + cache + scratch, available_memory()
@@ -134,19 +285,11 @@ class CPUDecoder:
                 f"{scratch / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
             )
 
-    def _unpack(self, matrix: np.ndarray, layout: MatrixLayout) -> np.ndarray:
-        """The dense matrix [rows, cols], unpacked in blocks to keep temporary copies small."""
-        blocks = [slice(at, at + UNPACK_TILES) for at in range(0, layout.tiles, UNPACK_TILES)]
-        dense = np.empty((layout.rows, layout.cols), self._dtype)
-        row = 0
-        for tiles in blocks:
-            part = unpack_matrix(matrix, layout, tiles)
-            dense[row : row + len(part)] = part
-            row += len(part)
-        return dense
-
     def _unpack_layer(self, packed: PackedModel, index: int, layer: PackedLayer) -> _Layer:
-        matrices = {name: self._unpack(getattr(layer, name), packed.layouts[name]) for name in LAYER_MATRICES}
+        matrices = {
+            name: load_matrix(getattr(layer, name), packed.layouts[name], self.precision)
+            for name in LAYER_MATRICES
+        }
         vectors = {
             name: layer.vectors[offset : offset + length].astype(self._dtype)
             for name, (offset, length) in vector_offsets(self.config).items()
@@ -211,7 +354,7 @@ class CPUDecoder:
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """Token ids [R] -> the residual stream x [R, hidden_size]."""
         if self._embed_bits is None:
-            return self._lm_head[tokens]
+            return self._lm_head.rows(tokens)
         return from_bf16(self._embed_bits[tokens]).astype(self._dtype)
 
     def norm_qkv(self, layer: int, x: np.ndarray, start: int = 0) -> np.ndarray:
@@ -244,7 +387,7 @@ class CPUDecoder:
     def o_proj(self, layer: int, attn: np.ndarray, x: np.ndarray, start: int = 0) -> np.ndarray:
         """Attention's output [R, num_heads head_dim] and x [R, hidden_size] -> the new x."""
         weights = self._layers[layer]
-        return x + _add_bias(multiply(attn, weights.o_proj, start), weights.vectors, "o_bias")
+        return x + _add_bias(weights.o_proj.product(attn, start), weights.vectors, "o_bias")
 
     def norm_gate_up(self, layer: int, x: np.ndarray, start: int = 0) -> np.ndarray:
         """x [R, hidden_size] -> silu(gate) * up, rounded, [R, intermediate_size]."""
@@ -259,7 +402,7 @@ class CPUDecoder:
     def down_proj(self, layer: int, act: np.ndarray, x: np.ndarray, start: int = 0) -> np.ndarray:
         """silu(gate) * up [R, intermediate_size] and x [R, hidden_size] -> the new x."""
         weights = self._layers[layer]
-        return x + _add_bias(multiply(act, weights.down_proj, start), weights.vectors, "down_bias")
+        return x + _add_bias(weights.down_proj.product(act, start), weights.vectors, "down_bias")
 
     def norm_lm_head(self, x: np.ndarray, start: int = 0) -> np.ndarray:
         """x [R, hidden_size] -> logits [R, vocab_size]."""
@@ -267,12 +410,12 @@ class CPUDecoder:
 
     # ---- parts of stages ----
 
-    def _norm_multiply(self, x: np.ndarray, norm: np.ndarray, w: np.ndarray, start: int) -> np.ndarray:
+    def _norm_multiply(self, x: np.ndarray, norm: np.ndarray, w: Matrix, start: int) -> np.ndarray:
         """RMSNorm(x) times w [rows, cols] transposed -> [R, rows].
 
         One over the root mean square comes after the product: blocks that publish x need not know it.
         """
-        product = multiply(self._round(x * norm), w, start)
+        product = w.product(self._round(x * norm), start)
         return product * inverse_rms(x, self.config.rms_norm_eps)
 
     def _norm_and_rotate(self, layer: int, norm: str, x: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from . import __version__, gpu
 from .checkpoint import resolve_model
 from .config import ModelConfig, load_config
+from .cpu import held_bytes
 from .errors import DeviceError
 from .layout import FORMATS, MatrixLayout
 from .memory import available_memory
@@ -96,6 +97,7 @@ class Part:
     shape: str  # of one of them
     weights: int
     nbytes: int
+    nbytes_on_cpu: int  # as the CPU path holds it
 
 
 def model_parts(config: ModelConfig, layouts: dict[str, MatrixLayout]) -> list[Part]:
@@ -107,25 +109,26 @@ def model_parts(config: ModelConfig, layouts: dict[str, MatrixLayout]) -> list[P
         shape = f"{layout.rows} x {layout.cols}"
         if count > 1:
             shape = f"{count} x {shape}"
-        parts.append(Part(name, format, shape, count * layout.rows * layout.cols, count * layout.nbytes))
+        weights = count * layout.rows * layout.cols
+        parts.append(Part(name, format, shape, weights, count * layout.nbytes, count * held_bytes(layout)))
     table = config.vocab_size * config.hidden_size
     shape = f"{config.vocab_size} x {config.hidden_size}"
     if config.tie_word_embeddings:
-        parts.append(Part("embed_tokens", "tied", shape, 0, 0))
+        parts.append(Part("embed_tokens", "tied", shape, 0, 0, 0))
     else:
-        parts.append(Part("embed_tokens", "bf16", shape, table, 2 * table))
+        parts.append(Part("embed_tokens", "bf16", shape, table, 2 * table, 2 * table))
     vectors = config.num_layers * vectors_length(config) + config.hidden_size
-    parts.append(Part("vectors", "float32", str(vectors), vectors, 4 * vectors))
+    parts.append(Part("vectors", "float32", str(vectors), vectors, 4 * vectors, 4 * vectors))
     return parts
 
 
 def parts_table(parts: list[Part]) -> list[str]:
     """Lines for people: one per part and the total."""
-    total = Part("total", "", "", sum(part.weights for part in parts), sum(part.nbytes for part in parts))
+    rows = [(part.name, part.format, part.shape, part.weights, part.nbytes) for part in parts]
+    rows.append(("total", "", "", sum(part.weights for part in parts), sum(part.nbytes for part in parts)))
     lines = [f"{'part':<14}{'format':<11}{'shape':<20}{'weights':>15}{'bytes':>16}"]
-    for part in (*parts, total):
-        numbers = f"{part.weights:>15,}{part.nbytes:>16,}"
-        lines.append(f"{part.name:<14}{part.format:<11}{part.shape:<20}{numbers}")
+    for name, format, shape, weights, nbytes in rows:
+        lines.append(f"{name:<14}{format:<11}{shape:<20}{weights:>15,}{nbytes:>16,}")
     return lines
 
 
@@ -140,7 +143,7 @@ def needed_line(config: ModelConfig, parts: list[Part], max_seq_len: int, ordina
     where = f"cuda:{ordinal}"
     if ordinal is None:
         # The CPU path unpacks the matrices and keeps K and V in float32; an embedding table stays as it is.
-        weights = sum(part.nbytes if part.name == "embed_tokens" else 4 * part.weights for part in parts)
+        weights = sum(part.nbytes_on_cpu for part in parts)
         cache, where = 2 * cache, "the CPU, in float32"
     verdict = "fits" if weights + cache <= free else "does not fit"
     return (

@@ -20,7 +20,7 @@ import numpy as np
 from .candidates import MAX_QUERIED
 from .config import ModelConfig
 from .errors import DeviceError
-from .layout import MatrixLayout, ceil_div
+from .layout import SEGMENT, MatrixLayout, ceil_div
 from .packing import vector_offsets, vectors_length
 from .resources import resource_dir
 
@@ -100,24 +100,55 @@ BUILD_INFO = np.dtype(
 def max_rows(config: ModelConfig, layouts: dict[str, MatrixLayout], shared_limit: int, blocks: int) -> int:
     """The most rows (1, 2, 4 or 8) that leave room in shared memory for the ring of weights.
 
-    `shared_limit`: bytes that a block may use; `blocks`: the size of the grid. The bounds are upper ones;
-    cuda/block.cuh has the exact figures and refuses a build that does not fit.
+    `shared_limit`: bytes that a block may use; `blocks`: the size of the grid.
     """
+    fit = (rows for rows in (8, 4, 2) if down_part(config, layouts, shared_limit, blocks, rows))
+    return next(fit, 1)
+
+
+def down_part(
+    config: ModelConfig, layouts: dict[str, MatrixLayout], shared_limit: int, blocks: int, rows: int
+) -> int:
+    """How many segments of down_proj's input a pass of `rows` rows holds at a time; 0 if it has no room.
+
+    All of them if that leaves room for a ring of some depth, else equal parts: a shallow ring costs more than
+    the parts. The bounds are upper ones; cuda/block.cuh has the exact figures and refuses what does not fit.
+    """
+    down = layouts["down_proj"]
+    others = max(layout.k_pad for name, layout in layouts.items() if name != "down_proj")
+    for ring_slots in (3, 2) if shared_limit > 128 * 1024 else (3, 2, 1):
+        for parts in range(1, down.segments + 1):
+            segments = ceil_div(down.segments, parts)
+            widest = max(others, min(down.k_pad, segments * SEGMENT))
+            needed = _shared_bytes(config, layouts, blocks, rows, widest, ring_slots)
+            if needed <= shared_limit:
+                return segments
+            if widest == others:
+                break
+    return 0
+
+
+def _shared_bytes(
+    config: ModelConfig,
+    layouts: dict[str, MatrixLayout],
+    blocks: int,
+    rows: int,
+    widest: int,
+    ring_slots: int,
+) -> int:
+    """An upper bound of what a block needs for `rows` rows of up to `widest` activations and the ring."""
     ring_slot = WARPS * max(2048, *(layout.slot_bytes for layout in layouts.values()))
-    ring_slots = 2 if shared_limit > 128 * 1024 else 1
-    widest = max(layout.k_pad for layout in layouts.values())
     tiles, head_dim = layouts["o_proj"].tiles, ceil_div(config.head_dim, 32) * 32
     marks = 2 * ceil_div(layouts["lm_head"].tiles, blocks)
     heads = min(8, config.num_heads // config.num_kv_heads)
-    for rows in (8, 4, 2):
-        activations = rows * 2 * (widest + 96)
-        attention = 64 * min(512, heads * head_dim) + head_dim * (8 * heads + 12 * rows + 28) + 2048
-        tail = rows * (2048 + 4 * tiles + 4 * head_dim) + 64 * (rows + 1) * ceil_div(tiles, blocks) + 8192
-        candidates = 8 * MAX_BLOCKS * LISTED + 4096 + 1280 * rows
-        scratch = max(activations, attention, candidates)
-        if scratch + tail + marks + ring_slots * ring_slot <= shared_limit:
-            return rows
-    return 1
+    segments = ceil_div(widest, SEGMENT)
+    groups = ceil_div(widest, layouts["down_proj"].group_size)
+    activations = rows * (2 * (segments * SEGMENT + 32) + 4 * (segments + groups))
+    attention = 64 * min(512, heads * head_dim) + head_dim * (8 * heads + 12 * rows + 28) + 2048
+    own_tiles = ceil_div(tiles, blocks)
+    tail = rows * (2048 + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + 8192
+    candidates = 8 * MAX_BLOCKS * LISTED + 4096 + 1280 * rows
+    return max(activations, attention, candidates) + tail + marks + ring_slots * ring_slot
 
 
 def kernel_defines(
@@ -170,6 +201,7 @@ def kernel_defines(
         "LM_HEAD_BYTES": f"{head.nbytes}ull",
         "VECTORS_SIZE": vectors_length(config),
         "SHARED_LIMIT": shared_limit,
+        "DOWN_PART_SEGMENTS": down_part(config, layouts, shared_limit, blocks, rows),
         "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
         "OWN_HEAD_TILES": ceil_div(head.tiles, blocks),
         "MAX_QUERIED": MAX_QUERIED,

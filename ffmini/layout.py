@@ -1,16 +1,17 @@
 """Where each weight lies in the packed form: the one truth that packing, the CPU path and the kernel share.
 
 A matrix [rows, cols] is cut into tiles of 16 rows. A tile is a run of slots in ascending k; a slot is
-what one warp fetches at a time: up to four lines of 512 bytes (16 bytes for each of 32 lanes, in the
-register order of mma.m16n8k16's A operand), then the scales of the groups that the slot covers.
+what one warp fetches at a time: up to four lines of 512 bytes, 16 for each of 32 lanes, then the scales of
+the groups that the slot covers. A line's registers are those of an A operand: of mma.m16n8k16 on bf16, of
+mma.m16n8k32 on 8-bit integers for int8 and int4, whose codes are multiplied as they are stored.
 
-Element (r, k) of a tile, with j = k // 32, t = k % 32 // 8, s = k % 8 // 4, half = k % 4 // 2,
-b = k % 2, g = r % 8, hi = r // 8 (so that a lane finds its eight activations of a 32-block of k side
-by side), belongs to lane 4 * g + t, k-step 2 * j + s and A register 2 * half + hi, and lies in
+Element (r, k) of a tile, with t = k % 32 // 8, s = k % 8 // 4, g = r % 8, hi = r // 8 (so that a lane
+finds its eight activations of a 32-block of k side by side), belongs to lane 4 * g + t and lies in
 
-- bf16: line 2 * j + s, bytes 4 * register + 2 * b of the lane's 16;
-- int8: line j, byte 4 * (2 * s + half) + 2 * b + hi (two's complement);
-- int4: line k // 64, 32-bit word 2 * (j % 2) + s, bits 4 * register + 16 * b (unsigned).
+- bf16: line 2 * (k // 32) + s, register 2 * (k % 4 // 2) + hi, bytes 2 * (k % 2) of the register's 4;
+- int8: line k // 32, register 2 * s + hi, byte k % 4 (two's complement);
+- int4: line k // 64, 32-bit word 2 * (k // 32 % 2) + s, byte k % 4, low nibble for hi = 0 and high nibble
+  for hi = 1 (unsigned): masked, the word is register 2 * s; shifted by 4 and masked, register 2 * s + 1.
 
 Scales follow a slot's lines as [group][16 rows] of fp16 scale (int8) or of fp16 scale, fp16 zero
 (int4): w = scale * q for int8 and scale * (q - zero) for int4. Rows and columns beyond the matrix are

@@ -41,7 +41,7 @@ from ffmini.layout import (
 from ffmini.numerics import from_bf16, to_bf16
 from ffmini.quant import GROUP_SIZES, Quantized, quantize
 
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -166,16 +166,17 @@ def pack_quantized(quantized: Quantized, layout: MatrixLayout) -> np.ndarray:
     """Pack codes, scales and zeros of whole tiles (see pack_matrix) -> uint8 [tiles * tile_bytes]."""
     codes = _as_tiles(quantized.codes.view(np.uint8), layout)
     count = len(codes)
-    low, high = codes[:, :8], codes[:, 8:]  # rows g and g + 8 share a byte or a pair of bytes
     if layout.format == "int8":
-        # [tile, g, j, t, (s, half, b)] -> [tile, j, g, t, ...]
-        pairs = low | high.astype(np.uint16) << 8
-        lines = pairs.reshape(count, 8, -1, 4, 8).transpose(0, 2, 1, 3, 4)
+        # [tile, hi, g, j, t, s] words of four k -> [tile, j, g, t, s, hi]
+        words = codes.view(np.uint32).reshape(count, 2, 8, -1, 4, 2)
+        lines = words.transpose(0, 3, 2, 4, 5, 1)
         parameters = quantized.scale[..., None]
     else:
-        # [tile, g, line, j % 2, t, s, half, b] -> [tile, line, g, t, j % 2, s, b, half]
-        pairs = low | high << 4
-        lines = pairs.reshape(count, 8, -1, 2, 4, 2, 2, 2).transpose(0, 2, 1, 4, 3, 5, 7, 6)
+        # [tile, g, line, j % 2, t, s] words of four k, rows g and g + 8 in each
+        # -> [tile, line, g, t, j % 2, s]
+        both = codes[:, :8] | codes[:, 8:] << 4
+        words = both.view(np.uint32).reshape(count, 8, -1, 2, 4, 2)
+        lines = words.transpose(0, 2, 1, 4, 3, 5)
         parameters = np.stack((quantized.scale, quantized.zero), axis=-1)
     lines = np.ascontiguousarray(lines).view(np.uint8).reshape(count, -1, LINE_BYTES)
     rows, groups, width = parameters.shape
@@ -220,12 +221,12 @@ def unpack_quantized(buffer: np.ndarray, layout: MatrixLayout) -> Quantized:
         lines[:, line_range] = line_view.reshape(count, -1, LINE_BYTES)
         scales[:, group_range] = scale_view.reshape(count, -1, scales.shape[-1])
     if layout.format == "int8":
-        pairs = lines.view(np.uint16).reshape(count, -1, 8, 4, 8).transpose(0, 2, 1, 3, 4)
-        low, high = pairs.astype(np.uint8), (pairs >> 8).astype(np.uint8)
+        words = lines.view(np.uint32).reshape(count, -1, 8, 4, 2, 2).transpose(0, 5, 2, 1, 3, 4)
+        codes = np.ascontiguousarray(words).view(np.uint8)
     else:
-        pairs = lines.reshape(count, -1, 8, 4, 2, 2, 2, 2).transpose(0, 2, 1, 4, 3, 5, 7, 6)
-        low, high = pairs & 15, pairs >> 4
-    codes = np.stack((low.reshape(count, 8, -1), high.reshape(count, 8, -1)), axis=1)
+        words = lines.view(np.uint32).reshape(count, -1, 8, 4, 2, 2).transpose(0, 2, 1, 4, 3, 5)
+        both = np.ascontiguousarray(words).view(np.uint8).reshape(count, 8, -1)
+        codes = np.stack((both & 15, both >> 4), axis=1)
     codes = codes.reshape(count * TILE_ROWS, layout.k_pad)[:, : layout.cols]
     parameters = scales.view(np.float16).reshape(count, layout.groups, TILE_ROWS, -1).transpose(3, 0, 2, 1)
     parameters = parameters.reshape(-1, count * TILE_ROWS, layout.groups)

@@ -16,34 +16,26 @@ from comparison import FLIP, error
 
 from ffmini.cpu import silu
 from ffmini.layout import SEGMENT, TILE_ROWS, MatrixLayout
-from ffmini.packing import PackedModel, unpack_matrix, unpack_quantized, vector_offsets
+from ffmini.packing import PackedModel, unpack_matrix, vector_offsets
 
 UNIT = 2.0**-23
 STEP = 20.5 * UNIT  # of a step's largest addend or partial sum
 SLACK = 1.01  # the operands here may be a bf16 rounding away from the kernel's
 
 
-def operands(packed: np.ndarray, layout: MatrixLayout) -> np.ndarray:
-    """What mma multiplies by, times the scale that comes after it: float64 [rows, cols].
-
-    For int4 the kernel multiplies by 16 + q and takes 16 + zero out by the sum of the activations.
-    """
-    if layout.format != "int4":
-        return unpack_matrix(packed, layout).astype(np.float64)
-    quantized = unpack_quantized(packed.reshape(layout.tiles, layout.tile_bytes), layout)
-    scales = np.repeat(quantized.scale.astype(np.float64), layout.group_size, axis=1)
-    return ((quantized.codes + 16.0) * scales[:, : layout.cols])[: layout.rows]
-
-
 def product_bound(x: np.ndarray, packed: np.ndarray, layout: MatrixLayout) -> np.ndarray:
-    """The largest difference [R, rows] between two devices' W x + bias for activations x [R, cols]."""
-    w, x = operands(packed, layout), x.astype(np.float64)
-    run = SEGMENT if layout.format == "bf16" else layout.group_size
+    """The largest difference [R, rows] between two devices' W x + bias for activations x [R, cols].
+
+    Integers are multiplied exactly; what follows is IEEE arithmetic in the same order on both sides.
+    """
     bound = np.zeros((len(x), layout.rows))
+    if layout.format != "bf16":
+        return bound
+    w, x = unpack_matrix(packed, layout).astype(np.float64), x.astype(np.float64)
     total = np.zeros_like(bound)
-    for begin in range(0, layout.cols, run):  # an accumulator starts from zero in each
+    for begin in range(0, layout.cols, SEGMENT):  # an accumulator starts from zero in each
         part = np.zeros_like(bound)
-        for at in range(begin, min(begin + run, layout.cols), 32):
+        for at in range(begin, min(begin + SEGMENT, layout.cols), 32):
             block = np.arange(at, min(at + 32, layout.cols))
             for step in range(2):  # layout.py says which k a step takes
                 k = block[block % 8 // 4 == step]
@@ -51,7 +43,7 @@ def product_bound(x: np.ndarray, packed: np.ndarray, layout: MatrixLayout) -> np
                 bound += STEP * (np.abs(part) + np.abs(products).sum(axis=2))  # no partial sum is larger
                 part += products.sum(axis=2)
         total += np.abs(part)
-        bound += 4 * UNIT * total  # scale, zero, the sum of segments, bias: a rounding each on either side
+        bound += 4 * UNIT * total  # the sum of segments and the bias: a rounding each on either side
     return SLACK * bound
 
 
@@ -89,7 +81,11 @@ def check_sent(found: list[Stage], fed: list[Stage], packed: PackedModel) -> Non
         sent, given, after = found[layer], fed[layer], fed[layer + 1]
         weights, layouts = packed.layers[layer], packed.layouts
         bound = normed_product_bound(given, "hidden", weights.qkv_proj, layouts["qkv_proj"], packed)
-        _check_floats(sent["qkv"], given["qkv"], bound + 4 * UNIT * np.abs(given["qkv"]))
+        bias = _vector(packed, layer, "qkv_bias")  # comes after the scale of the norm
+        before = np.abs(given["qkv"]) + (
+            0 if bias is None else np.abs(bias)
+        )
+        _check_floats(sent["qkv"], given["qkv"], bound + 4 * UNIT * before)
         assert error(sent["attention"], given["attention"]) <= FLIP, f"layer {layer}: attention"
         norm = _vector(packed, layer, "post_attention_layernorm")
         residual_bound += product_bound(given["attention"], weights.o_proj, layouts["o_proj"])

@@ -414,9 +414,15 @@ def test_info_alone_shows_the_bundled_model(run):
     assert status == 0 and "tales-7m" in out
 
 
-def test_needed_memory_is_float32_on_the_cpu(talker):
-    packed = pack_checkpoint(talker, "int4", progress=False)
-    weights = CONFIG["vocab_size"] * 32 + packed.norm.size
-    weights += 2 * (64 * 32 + 32 * 32 + 96 * 32 + 32 * 48 + packed.layers[0].vectors.size)
-    line = info.needed_line(packed.config, info.model_parts(packed.config, packed.layouts), 4096, None)
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+def test_needed_memory_is_float32_on_the_cpu(talker, dtype):
+    packed = pack_checkpoint(talker, dtype, 32, progress=False)
+    # Columns of each row in memory: whole groups, 128 of the lm_head, and a scale (and a zero) for each.
+    extra, head_cols = {"bf16": (0, 32), "int8": (1, 128 + 1), "int4": (2, 128 + 1)}[dtype]
+    wide = 48 if dtype == "bf16" else 2 * (32 + extra)
+    weights = CONFIG["vocab_size"] * head_cols + packed.norm.size
+    weights += 2 * ((64 + 32 + 96) * (32 + extra) + 32 * wide + packed.layers[0].vectors.size)
+    parts = info.model_parts(packed.config, packed.layouts)
+    assert sum(part.nbytes_on_cpu for part in parts) == 4 * weights
+    line = info.needed_line(packed.config, parts, 4096, None)
     assert line.startswith(f"needs {4 * weights / 2**20:.1f} MiB of weights + 1.0 MiB of KV cache")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,30 @@ from typing import Any
 import numpy as np
 import pytest
 from comparison import ask
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, write_checkpoint
 
 import ffmini.cpu
+from ffmini.bench import random_model
 from ffmini.candidates import Query
+from ffmini.config import parse_config
 from ffmini.convert import pack_checkpoint
-from ffmini.cpu import CPUDecoder, multiply, rms_norm, silu
+from ffmini.cpu import (
+    CPUDecoder,
+    DenseMatrix,
+    QuantizedMatrix,
+    held_bytes,
+    load_matrix,
+    multiply,
+    rms_norm,
+    silu,
+)
 from ffmini.errors import GenerationError, MemoryBudgetError
-from ffmini.layout import FORMATS
-from ffmini.numerics import from_bf16, round_bf16
-from ffmini.packing import PackedModel, unpack_matrix, vector_offsets
+from ffmini.layout import FORMATS, SEGMENT, MatrixLayout
+from ffmini.numerics import align, from_bf16, round_bf16
+from ffmini.packing import PackedModel, pack_matrix, pack_quantized, unpack_matrix, vector_offsets
+from ffmini.quant import GROUP_SIZES, Quantized
 
 LENGTH = 280  # goes beyond a KV block of 256 positions
 BF16_ULP = 2.0**-8
@@ -94,11 +110,138 @@ def test_product_depends_on_a_rows_position_only() -> None:
 def test_grouping_changes_no_bit_with_older_kernels(kernels: str) -> None:
     """OpenBLAS's AVX2 kernels give a row other bits in another place of its block."""
     environment = os.environ | {"OPENBLAS_CORETYPE": kernels, "OPENBLAS_NUM_THREADS": "1"}
-    names = ("test_product_depends_on_a_rows_position_only", "test_grouping_changes_no_bit[smollm2-bf16]")
+    names = (
+        "test_product_depends_on_a_rows_position_only",
+        "test_grouping_changes_no_bit[smollm2-bf16]",
+        "test_grouping_changes_no_bit[qwen3-int4]",
+    )
     command = [sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{name}" for name in names)]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- products of int8 and int4 -------------------------------------------------------------------------
+
+QUANTIZED = [(format, size) for format in ("int8", "int4") for size in GROUP_SIZES]
+
+
+def random_codes(layout: MatrixLayout, seed: int) -> Quantized:
+    """Codes of the whole range, and scales and zeros that differ from group to group."""
+    rng = np.random.default_rng(seed)
+    low, high, kind = (-127, 127, np.int8) if layout.format == "int8" else (0, 15, np.uint8)
+    groups = (layout.rows, -(-layout.cols // layout.group_size))
+    return Quantized(
+        rng.integers(low, high, (layout.rows, layout.cols), kind, endpoint=True),
+        rng.uniform(0.001, 0.01, groups).astype(np.float16),
+        rng.uniform(-3, 18, groups).astype(np.float16) if layout.format == "int4" else None,
+    )
+
+
+def uneven_rows(count: int, columns: int, seed: int) -> np.ndarray:
+    """Activations of exponents so different that the small ones lose bits."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((count, columns)) * 2.0 ** rng.integers(-12, 4, (count, columns))
+    return round_bf16(x.astype(np.float32))
+
+
+def product_in_integers(x: np.ndarray, w: Quantized, group_size: int) -> np.ndarray:
+    """What README's section Numbers says, group by group: int64 sums, float32 operations from there on."""
+    q, power = align(x, SEGMENT)
+    total = np.zeros((len(x), len(w.codes)), np.float32)
+    for segment in range(power.shape[1]):
+        part = np.zeros_like(total)
+        end = min((segment + 1) * SEGMENT, x.shape[1])
+        for at in range(segment * SEGMENT, end, group_size):
+            k, group = slice(at, min(at + group_size, end)), at // group_size
+            dot = (q[:, k].astype(np.int64) @ w.codes[:, k].T.astype(np.int64)).astype(np.float32)
+            if w.zero is not None:
+                sums = q[:, k].sum(axis=1, keepdims=True, dtype=np.int64).astype(np.float32)
+                dot = dot - w.zero[:, group].astype(np.float32) * sums
+            part = part + w.scale[:, group].astype(np.float32) * dot
+        total = total + part * power[:, segment, None]
+    return total
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(QUANTIZED),
+    st.integers(1, 700),
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.integers(0, 99),
+)
+def test_products_are_those_of_integers(
+    kind: tuple[str, int], cols: int, rows: int, count: int, seed: int
+) -> None:
+    layout = MatrixLayout("w", rows, cols, *kind)
+    codes, x = random_codes(layout, seed), uneven_rows(count, cols, seed)
+    found = load_matrix(pack_quantized(codes, layout), layout, "bf16").product(x, 0)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, product_in_integers(x, codes, layout.group_size))
+
+
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: f"{kind[0]}-g{kind[1]}")
+def test_largest_sums_are_exact(kind: tuple[str, int]) -> None:
+    """Codes, high bytes and low bytes at the ends of their ranges, all of one sign: no sum is ever larger."""
+    layout = MatrixLayout("w", 2, 512, *kind)
+    codes = random_codes(layout, 5)
+    codes.codes[...] = 127 if kind[0] == "int8" else 15
+    matrix = load_matrix(pack_quantized(codes, layout), layout, "bf16")
+    # As integers 32512 (high is 127), 129 * 128 (low is -128), and 32512 beside 127 (low is 127).
+    for values in ([254], [129], [254, 127 / 128]):
+        x = np.resize(np.array(values, np.float32), (1, 512))
+        np.testing.assert_array_equal(matrix.product(x, 0), product_in_integers(x, codes, layout.group_size))
+
+
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: f"{kind[0]}-g{kind[1]}")
+def test_products_of_many_rows(kind: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows of weights than are multiplied at a time; any number of activations gives the same bits."""
+    monkeypatch.setattr(ffmini.cpu, "PRODUCT_ROWS", 200)
+    layout = MatrixLayout("w", 530, 300, *kind)
+    codes, x = random_codes(layout, 1), uneven_rows(100, 300, 2)
+    matrix = load_matrix(pack_quantized(codes, layout), layout, "bf16")
+    expected = product_in_integers(x, codes, layout.group_size)
+    for rows in (1, 3, 16, 64, 100):
+        pieces = [matrix.product(x[at : at + rows], 7 + at) for at in range(0, 100, rows)]
+        np.testing.assert_array_equal(np.concatenate(pieces), expected)
+    # And they are the products: each activation is off by half a unit at most, sums by some roundings.
+    w = codes.dequantize(layout.group_size).astype(np.float64)
+    half_units = np.repeat(align(x, SEGMENT)[1] / 2, SEGMENT, axis=1)[:, :300]
+    roundings = 2.0**-20 * np.abs(x) @ (np.abs(w) + 18 * 0.01).T
+    assert (np.abs(expected - x @ w.T) <= half_units @ np.abs(w).T + roundings).all()
+
+
+def test_products_of_numbers_that_are_not_finite() -> None:
+    layout = MatrixLayout("w", 40, 600, "int4", 64)
+    matrix = load_matrix(pack_quantized(random_codes(layout, 3), layout), layout, "bf16")
+    x = uneven_rows(4, 600, 4)
+    expected = matrix.product(x, 0)
+    x[1, 599], x[2, 300] = np.nan, -np.inf
+    found = matrix.product(x, 0)
+    assert not np.isfinite(found[1:3]).any()
+    np.testing.assert_array_equal(found[[0, 3]], expected[[0, 3]])
+
+
+@pytest.mark.parametrize("kind", [("bf16", 128), *QUANTIZED], ids=lambda kind: f"{kind[0]}-g{kind[1]}")
+def test_matrices_hold_what_they_say(kind: tuple[str, int]) -> None:
+    layout = MatrixLayout("w", 700, 172, *kind)
+    w = np.random.default_rng(6).standard_normal((700, 172), np.float32)
+    packed = pack_matrix(w, layout)
+    rounded, exact = load_matrix(packed, layout, "bf16"), load_matrix(packed, layout, "float64")
+    assert isinstance(rounded, DenseMatrix if kind[0] == "bf16" else QuantizedMatrix)
+    assert isinstance(exact, DenseMatrix)
+    assert (rounded.nbytes, exact.nbytes) == (held_bytes(layout), held_bytes(layout, "float64"))
+    which, expected = np.array([699, 0, 13, 512, 13]), unpack_matrix(packed, layout)
+    for matrix, dtype in ((rounded, np.float32), (exact, np.float64)):
+        for _ in range(2):  # asking changes nothing
+            rows = matrix.rows(which)
+            assert rows.dtype == dtype
+            np.testing.assert_array_equal(rows, expected[which])
+    x = round_bf16(random_rows(8, 172))
+    np.testing.assert_array_equal(
+        exact.product(x.astype(np.float64), 0), multiply(x.astype(np.float64), expected.astype(np.float64), 0)
+    )
 
 
 # ---- stages --------------------------------------------------------------------------------------------
@@ -177,6 +320,29 @@ def test_norm_lm_head(biased: PackedModel) -> None:
     w = unpack_matrix(biased.lm_head, biased.layouts["lm_head"])
     expected = norm_times(x, biased.norm, biased.config.rms_norm_eps, w)
     assert relative_error(make_decoder(biased).norm_lm_head(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_stages_with_products_in_integers(make_model: MakeModel, dtype: str) -> None:
+    """Against products in double: activations keep 15 bits beside their segment's largest."""
+    packed = make_model("llama_biases", dtype, intermediate_size=300)
+    decoder, eps = make_decoder(packed), packed.config.rms_norm_eps
+    x, attn, act = random_rows(1, 64), round_bf16(random_rows(2, 64)), round_bf16(random_rows(3, 300))
+
+    norm = vector(packed, "input_layernorm")
+    expected = norm_times(x, norm, eps, dense(packed, "qkv_proj")) + vector(packed, "qkv_bias")
+    assert relative_error(decoder.norm_qkv(1, x, 3), expected) < 1e-4
+    expected = attn @ dense(packed, "o_proj").T + vector(packed, "o_bias")
+    assert relative_error(decoder.o_proj(1, attn, 0 * x, 3), expected) < 1e-4
+    norm = vector(packed, "post_attention_layernorm")
+    both = norm_times(x, norm, eps, dense(packed, "gate_up_proj")) + vector(packed, "gate_up_bias")
+    gate, up = (both.reshape(5, 38, 2, 8)[:, :, part].reshape(5, -1)[:, :300] for part in (0, 1))
+    assert relative_error(decoder.norm_gate_up(1, x, 3), gate / (1 + np.exp(-gate)) * up) < 0.003
+    expected = act @ dense(packed, "down_proj").T + vector(packed, "down_bias")
+    assert relative_error(decoder.down_proj(1, act, 0 * x, 3), expected) < 1e-4
+    head = unpack_matrix(packed.lm_head, packed.layouts["lm_head"])
+    expected = norm_times(x, packed.norm, eps, head)
+    assert relative_error(decoder.norm_lm_head(x, 3), expected) < 1e-4
 
 
 def plain_attention(
@@ -332,10 +498,41 @@ def test_memory_is_checked_before_it_is_taken(biased: PackedModel, monkeypatch: 
         make_decoder(biased)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "float64"])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_memory_taken_is_what_was_checked(
+    dtype: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and cache to within a few percent; the scratch of 64 rows with all their logits in a bound."""
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 20000, "num_hidden_layers": 4}
+    packed = random_model(parse_config(tiny_config("llama2", **shape), "test"), dtype)
+    with monkeypatch.context() as patch, pytest.raises(MemoryBudgetError) as refusal:
+        patch.setattr(ffmini.cpu, "available_memory", lambda: 0)
+        make_decoder(packed, 256, precision=precision)
+    figures = re.findall(r"(\d+) MiB", str(refusal.value))
+    weights, cache, scratch, _ = (int(figure) << 20 for figure in figures)
+    with monkeypatch.context() as patch, pytest.raises(MemoryBudgetError):
+        patch.setattr(ffmini.cpu, "available_memory", lambda: weights + cache + scratch // 2)
+        make_decoder(packed, 256, precision=precision)
+    tracemalloc.start()
+    try:
+        decoder = make_decoder(packed, 256, precision=precision)
+        held = tracemalloc.get_traced_memory()[0]
+        decoder.forward(np.arange(64), 0, "all")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert held == pytest.approx(weights + cache, rel=0.02)
+    assert scratch / 8 < peak - held < scratch
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_non_finite_numbers_raise_and_leave_the_decoder_usable(make_model: MakeModel, value: float) -> None:
-    packed = make_model("llama2")
+def test_non_finite_numbers_raise_and_leave_the_decoder_usable(
+    make_model: MakeModel, value: float, dtype: str
+) -> None:
+    packed = make_model("llama2", dtype)
     good = np.array([5, 6, 7])
     expected = make_decoder(packed).forward(good, 0, "all")
     packed.embed_tokens[9] = np.float32(value).view(np.uint32) >> 16
@@ -346,8 +543,9 @@ def test_non_finite_numbers_raise_and_leave_the_decoder_usable(make_model: MakeM
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_non_finite_logits_raise(make_model: MakeModel) -> None:
-    packed = make_model("llama2")
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_non_finite_logits_raise(make_model: MakeModel, dtype: str) -> None:
+    packed = make_model("llama2", dtype)
     packed.norm[3] = np.inf
     with pytest.raises(GenerationError, match="logits"):
         make_decoder(packed).forward(np.array([5, 6, 7]), 0)

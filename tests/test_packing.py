@@ -26,6 +26,7 @@ from ffmini.packing import (
     packed_tensors,
     read_packed,
     unpack_matrix,
+    unpack_quantized,
     unpack_tiles,
     vector_offsets,
     vectors_length,
@@ -58,15 +59,14 @@ def normal(rows: int, cols: int, seed: int = 0) -> np.ndarray:
 
 def place(format: str, r: int, k: int) -> tuple[int, int]:
     """The line of element (r, k) of a tile and the bit of the line where the element begins."""
-    j, t, s, half, b = k // 32, k % 32 // 8, k % 8 // 4, k % 4 // 2, k % 2
+    t, s = k % 32 // 8, k % 8 // 4
     g, hi = r % 8, r // 8
-    register = 2 * half + hi
     lane = 16 * (4 * g + t)
     if format == "bf16":
-        return 2 * j + s, 8 * (lane + 4 * register + 2 * b)
+        return 2 * (k // 32) + s, 8 * (lane + 4 * (2 * (k % 4 // 2) + hi) + 2 * (k % 2))
     if format == "int8":
-        return j, 8 * (lane + 4 * (2 * s + half) + 2 * b + hi)
-    return k // 64, 8 * (lane + 4 * (2 * (j % 2) + s)) + 4 * register + 16 * b
+        return k // 32, 8 * (lane + 4 * (2 * s + hi) + k % 4)
+    return k // 64, 8 * (lane + 4 * (2 * (k // 32 % 2) + s) + k % 4) + 4 * hi
 
 
 def naive_element(tile: bytes, layout: MatrixLayout, r: int, k: int) -> float:
@@ -134,6 +134,34 @@ def test_bf16_lines_are_the_a_operand_of_mma() -> None:
     np.testing.assert_allclose(y, w.astype(np.float64) @ x, rtol=1e-12)
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_quantized_lines_are_the_a_operand_of_mma(format: str) -> None:
+    """The registers of each lane, used as mma.m16n8k32 does, give W x with eight activations a lane."""
+    rng = np.random.default_rng(4)
+    low, high, kind = (-127, 128, np.int8) if format == "int8" else (0, 16, np.uint8)
+    codes, x = rng.integers(low, high, (16, 64), kind), rng.integers(-127, 128, 64)
+    scale = np.ones((16, 1), np.float16)
+    zero = None if format == "int8" else scale
+    packed = pack_quantized(Quantized(codes, scale, zero), MatrixLayout("w", 16, 64, format))
+    if format == "int8":
+        registers = packed[:1024].reshape(2, 32, 4, 4)  # k-step, lane, register, byte
+    else:
+        words = packed[:512].reshape(32, 2, 2, 4).swapaxes(0, 1)  # k-step, lane, word, byte
+        registers = np.stack((words & 15, words >> 4), axis=3).reshape(2, 32, 4, 4)
+    y = np.zeros(16, np.int64)
+    for step in range(2):
+        a, b = np.zeros((16, 32), np.int64), np.zeros(32, np.int64)
+        for lane in range(32):
+            group, thread = divmod(lane, 4)
+            for register in range(4):
+                row, column = group + 8 * (register % 2), 4 * thread + 16 * (register // 2)
+                a[row, column : column + 4] = registers[step, lane, register].view(kind)
+            for half in range(2):
+                b[4 * thread + 16 * half :][:4] = x[32 * step + 8 * thread + 4 * half :][:4]
+        y += a @ b
+    np.testing.assert_array_equal(y, codes.astype(np.int64) @ x)
+
+
 # ---- matrices -------------------------------------------------------------------------------------------
 
 
@@ -157,6 +185,18 @@ def test_padding_rows_are_zero_and_padding_columns_finite(format: tuple[str, int
     assert padded.shape == (32, 192)
     assert not padded[19:].any()
     assert np.isfinite(padded[:, 172:]).all()
+
+
+@pytest.mark.parametrize("layout", [x for x in ALL if x.format != "bf16"], ids=layout_id)
+def test_codes_and_scales_come_back_as_they_were(layout: MatrixLayout) -> None:
+    quantized = quantize(normal(layout.rows, layout.cols), layout.format, layout.group_size)
+    back = unpack_quantized(pack_quantized(quantized, layout).reshape(layout.tiles, -1), layout)
+    assert back.codes.dtype == quantized.codes.dtype
+    np.testing.assert_array_equal(back.codes[: layout.rows], quantized.codes)
+    np.testing.assert_array_equal(back.scale[: layout.rows], quantized.scale)
+    assert (back.zero is None) == (layout.format == "int8")
+    if quantized.zero is not None:
+        np.testing.assert_array_equal(back.zero[: layout.rows], quantized.zero)
 
 
 def test_codes_of_another_quantiser_are_kept() -> None:
@@ -355,10 +395,10 @@ def patch(path: Path, old: bytes, new: bytes) -> None:
 
 
 def test_another_version_is_refused_with_the_command(packed: Path) -> None:
-    patch(packed / PACKED_FILE, b'"ffmini_packing":"1"', b'"ffmini_packing":"7"')
+    patch(packed / PACKED_FILE, b'"ffmini_packing":"2"', b'"ffmini_packing":"7"')
     command = "ffmini convert SRC DST --dtype int4 --group-size 64 --force"
     with pytest.raises(
-        CheckpointError, match=f"expected packing version 1, found 7; convert again: {command}$"
+        CheckpointError, match=f"expected packing version 2, found 7; convert again: {command}$"
     ):
         read_packed(packed)
 

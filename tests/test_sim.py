@@ -176,6 +176,21 @@ def test_same_bits(pack: Callable[[Case], PackedModel], dtype: str) -> None:
         assert same_bits(deep_logits(decoder, tokens, chunk), expected), (chunk, blocks, seed)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+def test_input_in_parts(pack: Callable[[Case], PackedModel], dtype: str) -> None:
+    """down_proj's input of five and a half segments, held two or four at a time: the same bits as whole."""
+    packed = pack(Case("llama_biases", dtype, 64, changes={"intermediate_size": 1400}))
+    tokens = case_tokens(packed, 9)
+    expected = deep_logits(SimDecoder(packed, MAX_SEQ_LEN, rows=8, blocks=1), tokens, 8)
+    for part_segments, ring in ((2, BULK), (4, COPY)):
+        decoder = SimDecoder(
+            packed, MAX_SEQ_LEN, rows=8, part_segments=part_segments, bulk_copies=ring == BULK
+        )
+        for decoder.blocks, decoder.seed, chunk in ((1, 3, 8), (3, 28, 8), (7, 5, 3)):
+            found = deep_logits(decoder, tokens, chunk)
+            assert same_bits(found, expected), (part_segments, decoder.blocks)
+
+
 def test_logits_as_asked(pack: Callable[[Case], PackedModel]) -> None:
     packed = pack(SMALL)
     decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=8)
@@ -453,11 +468,13 @@ class Edit(NamedTuple):
 STREAM = functools.partial(Edit, "stream.cuh")
 EXCHANGE = functools.partial(Edit, "exchange.cuh")
 CANDIDATES = functools.partial(Edit, "candidates.cuh")
+ACTIVATIONS = functools.partial(Edit, "activations.cuh")
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(min_of(begin + i * step, count - 1)))"
 MISSING = "packet[i].w != tag"
 AWAIT = "await_copy(state_.full[threadIdx.x / 32] + head_, parity_)"
 ARRIVE = "mbarrier_arrive(state_.empty[threadIdx.x / 32] + head_)"
+PLANES = "plane_offset(column % 2, block64, block.lane() % 4)"
 EXPECT = "mbarrier_arrive_expect(full, cursor.bytes())"
 
 # Each mistake: the build in which it must be found, and the edits that make it.
@@ -616,8 +633,17 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "read beyond shared memory": (
         BULK,
-        [Edit("matvec.cuh", "row * ACTIVATION_STRIDE + k0", "row * ACTIVATION_STRIDE + k0 + (1 << 18)")],
+        [Edit("matvec.cuh", PLANES, f"{PLANES} + (1 << 18)")],
     ),
+    # Integers.
+    "high bytes cut, not rounded": (BULK, [ACTIVATIONS("low[k] + 128", "low[k] + 0")]),
+    "one plane twice": (BULK, [Edit("matvec.cuh", PLANES, PLANES.replace("column % 2", "0"))]),
+    "a segment's power of two too large": (BULK, [ACTIVATIONS("(largest_[i] + 1) >> 7", "largest_[i] >> 7")]),
+    "another segment's power of two": (
+        BULK,
+        [Edit("matvec.cuh", "row * MAX_SEGMENTS + segment", "row * MAX_SEGMENTS")],
+    ),
+    "segments of a batch in one place": (BULK, [ACTIVATIONS("unit += WARPS", "unit += 0")]),
 }
 # The same where a wait gives up.
 LEAVING: dict[str, tuple[str, list[Edit]]] = {
@@ -665,6 +691,8 @@ BARRIERS = barriers()
 VOTES = [place for place, match in BARRIERS.items() if match[1] is not None]
 # Barriers whose lack no schedule shows: the file, the end of what stands before one, and why.
 UNSEEN = [
+    # The greatest of the lanes' values makes them meet too.
+    ("activations.cuh", "warp_max(largest_bits(pairs_[i]));\n"),
     # fetch() has one before it starts copies, wait() has one before the cursor is looked at again.
     ("stream.cuh", "if (!all_have(result)) return;\n"),
 ]
@@ -856,10 +884,17 @@ def test_all_barriers_are_mutated() -> None:
     assert len(re.findall(r"__sync|\bsync_threads", code)) == len(BARRIERS) == len(SEEN) + len(UNSEEN)
 
 
-COVERED = {  # together these run every line
-    "biases, carried sums": (
+COVERED = {  # together these run every line; "parts": down_proj's input is held so
+    "biases, carried sums, parts": (
         BULK,
-        Case("llama_biases", "int4", 32, rows=8, blocks=1, changes={"hidden_size": 528, "head_dim": 16}),
+        Case(
+            "llama_biases",
+            "int4",
+            32,
+            rows=8,
+            blocks=1,
+            changes={"hidden_size": 528, "head_dim": 16, "intermediate_size": 400},
+        ),
     ),
     "tied bf16, given up": (COPY, Case("smollm2", "bf16", rows=2, blocks=2)),
     "tied int8, norm of q and k, batches of packets, given up": (
@@ -902,7 +937,13 @@ def test_every_line_runs(pack: Callable[[Case], PackedModel]) -> None:
         options = {"test_pauses": True, "stage_times": True, "coverage": True}
         options["shared_limit"] = LARGE_SHARED_LIMIT  # eight rows of all tiles in one block need it
         decoder = SimDecoder(
-            packed, MAX_SEQ_LEN, rows=case.rows, blocks=case.blocks, bulk_copies=ring == BULK, **options
+            packed,
+            MAX_SEQ_LEN,
+            rows=case.rows,
+            blocks=case.blocks,
+            bulk_copies=ring == BULK,
+            part_segments=1 if "parts" in name else None,
+            **options,
         )
         run_all(decoder, case_tokens(packed, case.rows), name.endswith("given up"))
         for file, lines in decoder.coverage().items():

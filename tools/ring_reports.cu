@@ -20,7 +20,7 @@ struct Ring {
 // A phase always ends: one that does not within so many polls, each of which may sleep, is a fault.
 __device__ __forceinline__ void await(uint64_t* barrier, uint32_t parity) {
     for (uint32_t polls = 0; !mbarrier_try_wait(barrier, parity); ++polls) {
-        if (polls == 1u << 26) trap();
+        trap_if(polls == 1u << 26);
     }
 }
 

@@ -25,12 +25,30 @@ struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+
 struct alignas(16) float4 {
     float x, y, z, w;
 };
 
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
     return {x, y, z, w};
+}
+
+inline uint2 make_uint2(uint32_t x, uint32_t y) {
+    return {x, y};
+}
+
+// Bytes of x (0 to 3) and y (4 to 7); each nibble of `selector` names one, its upper bit being 0 here.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+    const uint64_t both = x | static_cast<uint64_t>(y) << 32;
+    uint32_t bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+        bytes |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    }
+    return bytes;
 }
 
 struct Index {
@@ -84,6 +102,10 @@ inline uint32_t __shfl_sync(uint32_t mask, uint32_t value, int source, SIM_SITE)
 
 inline float __shfl_sync(uint32_t mask, float value, int source, SIM_SITE) {
     return __uint_as_float(__shfl_sync(mask, __float_as_uint(value), source, file, line));
+}
+
+inline uint32_t __shfl_xor_sync(uint32_t mask, uint32_t value, int lane_bits, SIM_SITE) {
+    return __shfl_sync(mask, value, sim::machine.lane().index ^ lane_bits, file, line);
 }
 
 inline float __shfl_xor_sync(uint32_t mask, float value, int lane_bits, SIM_SITE) {

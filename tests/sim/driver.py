@@ -194,9 +194,11 @@ class SimDecoder:
         in_flight: int = 2,
         test_pauses: bool = False,
         stage_times: bool = False,
+        part_segments: int | None = None,
         cuda: Path | None = None,
         coverage: bool = False,
     ) -> None:
+        """`part_segments`: of down_proj's input at a time; the rest as kernel_defines says."""
         self.config, self.max_seq_len, self.device = packed.config, max_seq_len, "sim"
         self.rows, self.blocks, self.seed = rows, blocks, seed
         self.lost_packet: int | None = None
@@ -214,6 +216,8 @@ class SimDecoder:
             test_pauses=test_pauses,
             stage_times=stage_times,
         )
+        if part_segments is not None:
+            self.defines["DOWN_PART_SEGMENTS"] = str(part_segments)
         self._path = build(self.defines, cuda, coverage)
         self._library = ctypes.CDLL(str(self._path))
         weakref.finalize(self, self._library.sim_close)

@@ -52,6 +52,47 @@ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
     memcpy(d, lane.result, 16);
 }
 
+// Exact. Of a, bytes are signed or not.
+template <class A>
+inline void mma_16x8x32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* name,
+                        const char* file, int line) {
+    sim::Lane& lane = sim::machine.lane();
+    const uint32_t b[2] = {b0, b1};
+    memcpy(lane.operand, d, 16);
+    memcpy(lane.operand + 4, a, 16);
+    memcpy(lane.operand + 8, b, 8);
+    sim::machine.meet(sim::ALL_LANES, {name, file, line}, [](sim::Warp& warp) {
+        A rows[16][32];
+        int8_t columns[8][32];  // [row][k], [column][k]
+        for (int l = 0; l < sim::WARP_LANES; ++l) {
+            const uint32_t* words = warp.lanes[l]->operand + 4;
+            const int g = l / 4, t = l % 4;
+            for (int half = 0; half < 2; ++half) {
+                for (int hi = 0; hi < 2; ++hi) memcpy(&rows[g + 8 * hi][16 * half + 4 * t], words + 2 * half + hi, 4);
+                memcpy(&columns[g][16 * half + 4 * t], words + 4 + half, 4);
+            }
+        }
+        for (int l = 0; l < sim::WARP_LANES; ++l) {
+            for (int i = 0; i < 4; ++i) {
+                const A* row = rows[l / 4 + i / 2 * 8];
+                const int8_t* column = columns[2 * (l % 4) + i % 2];
+                int32_t sum = static_cast<int32_t>(warp.lanes[l]->operand[i]);
+                for (int k = 0; k < 32; ++k) sum += row[k] * column[k];
+                warp.lanes[l]->result[i] = static_cast<uint32_t>(sum);
+            }
+        }
+    });
+    memcpy(d, lane.result, 16);
+}
+
+inline void mma_16x8x32_signed(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIM_SITE) {
+    mma_16x8x32<int8_t>(d, a, b0, b1, "mma_16x8x32_signed", file, line);
+}
+
+inline void mma_16x8x32_unsigned(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIM_SITE) {
+    mma_16x8x32<uint8_t>(d, a, b0, b1, "mma_16x8x32_unsigned", file, line);
+}
+
 inline void mma_16x8x8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, SIM_SITE) {
     const uint32_t wide[4] = {a[0], a[1], 0, 0};
     mma_16x8x16(d, wide, b, 0, file, line);
@@ -78,10 +119,6 @@ inline void load_transposed(uint32_t (&d)[2], const void* shared, SIM_SITE) {
     memcpy(d, lane.result, 8);
 }
 
-inline uint32_t mask_or(uint32_t x, uint32_t mask, uint32_t bits) {
-    return (x & mask) | bits;
-}
-
 // Here a load is served when it is made. No lane waits for others: a vote makes them meet, but orders no
 // memory.
 inline bool all_have(float) {
@@ -95,13 +132,6 @@ inline uint32_t pack_bf16x2(float low, float high) {
         return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     };
     return round(low) | round(high) << 16;
-}
-
-// Rounded to float and then to bf16: right wherever the sum fits a float.
-inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
-    const auto value = [](uint32_t word) { return __uint_as_float(word << 16); };
-    return pack_bf16x2(fmaf(value(a), value(b), value(c)),
-                       fmaf(value(a >> 16), value(b >> 16), value(c >> 16)));
 }
 
 inline float half_to_float(uint16_t bits) {
@@ -125,15 +155,19 @@ inline float divide_approx(float x, float y) {
     return x / y;
 }
 
-inline uint32_t warp_min(uint32_t x, SIM_SITE) {
+inline uint32_t warp_max(uint32_t x, SIM_SITE) {
     sim::Lane& lane = sim::machine.lane();
     lane.operand[0] = x;
-    sim::machine.meet(sim::ALL_LANES, {"warp_min", file, line}, [](sim::Warp& warp) {
-        uint32_t least = 0xffffffff;
-        for (const sim::Lane* one : warp.lanes) least = std::min(least, one->operand[0]);
-        for (sim::Lane* one : warp.lanes) one->result[0] = least;
+    sim::machine.meet(sim::ALL_LANES, {"warp_max", file, line}, [](sim::Warp& warp) {
+        uint32_t greatest = 0;
+        for (const sim::Lane* one : warp.lanes) greatest = std::max(greatest, one->operand[0]);
+        for (sim::Lane* one : warp.lanes) one->result[0] = greatest;
     });
     return lane.result[0];
+}
+
+inline uint32_t warp_min(uint32_t x, SIM_SITE) {
+    return ~warp_max(~x, file, line);
 }
 
 inline void copy_async_16(void* shared, const void* global) {
@@ -210,8 +244,8 @@ inline uint32_t fetch_add_shared(uint32_t* p, uint32_t addend) {
     return old;
 }
 
-inline void trap(SIM_SITE) {
-    sim::machine.fail({"trap", file, line}, "the kernel ended itself");
+inline void trap_if(bool hopeless, SIM_SITE) {
+    if (hopeless) sim::machine.fail({"trap_if", file, line}, "the kernel ended itself");
 }
 
 inline uint4 load_relaxed_128(const uint4* p, SIM_SITE) {
