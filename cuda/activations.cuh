@@ -84,7 +84,8 @@ class Aligner {
         for (int k = 0; k < 8; ++k) {
             const uint32_t bits = k % 2 == 0 ? words[k / 2] << 16 : words[k / 2] & 0xffff0000;
             low[k] = __float_as_uint(fmaf(__uint_as_float(bits), factor, ROUNDER));
-            high[k] = low[k] + 128;
+            high[k] =
+                __float_as_uint(fmaf(__uint_as_float(bits), factor, ROUNDER + 128));  // not on the busy unit
             sum += low[k];
         }
         if (!exists_[i]) return sum;

@@ -14,24 +14,30 @@ template <class M, bool INTEGER = M::BITS != 16>
 class Unit;
 
 // Of a slot the 16 bytes of this lane in line i.
-__device__ __forceinline__ uint4 load_line(const Block& block, const uint8_t* slot, int i) {
-    return *reinterpret_cast<const uint4*>(slot + i * LINE_BYTES + block.lane() * 16);
+__device__ __forceinline__ uint4 load_line(const uint8_t* slot, int i) {
+    return *reinterpret_cast<const uint4*>(slot + i * LINE_BYTES);
 }
 
 // bf16: a segment goes in m16n8k16 steps, a column is a row.
 template <class M>
 class Unit<M, false> {
   public:
-    template <int K>
-    __device__ void add(const Block& block, const uint8_t* slot, int segment, int in_segment) {
+    static constexpr int SETS = 1;
+
+    static __device__ int input_of(const Block& block, int) {
         const int row = min_of(block.lane() / 4, num_rows(block.args) - 1);  // columns without one repeat it
-        const uint16_t* activations = block.activations() + row * ACTIVATION_STRIDE + segment * SEGMENT +
-                                      in_segment + 8 * (block.lane() % 4);
+        return 2 * (row * ACTIVATION_STRIDE + 8 * (block.lane() % 4));
+    }
+
+    template <int K>
+    __device__ void add(const Block& block, const uint8_t* slot, const int (&input)[SETS], int segment,
+                        int in_segment) {
+        const uint8_t* activations = block.memory + input[0] + 2 * (segment * SEGMENT + in_segment);
 #pragma unroll
         for (int j = 0; j < K / 32; ++j) {
-            const uint4 b = *reinterpret_cast<const uint4*>(activations + 32 * j);
-            step(load_line(block, slot, 2 * j), b.x, b.y);
-            step(load_line(block, slot, 2 * j + 1), b.z, b.w);
+            const uint4 b = *reinterpret_cast<const uint4*>(activations + 64 * j);
+            step(load_line(slot, 2 * j), b.x, b.y);
+            step(load_line(slot, 2 * j + 1), b.z, b.w);
         }
     }
 
@@ -65,9 +71,9 @@ struct Codes;
 
 template <class M>
 struct Codes<M, 8> {
-    static __device__ void load(const Block& block, const uint8_t* slot, int block64, uint32_t (&a)[2][4]) {
+    static __device__ void load(const uint8_t* slot, int block64, uint32_t (&a)[2][4]) {
         for (int step = 0; step < 2; ++step) {
-            const uint4 line = load_line(block, slot, 2 * block64 + step);
+            const uint4 line = load_line(slot, 2 * block64 + step);
             a[step][0] = line.x, a[step][1] = line.y, a[step][2] = line.z, a[step][3] = line.w;
         }
     }
@@ -87,8 +93,8 @@ template <class M>
 struct Codes<M, 4> {
     // A byte has the codes of outputs o and, above, o + 8. As it is it counts for the one, with the lower
     // half gone for the other: 16 times its code.
-    static __device__ void load(const Block& block, const uint8_t* slot, int block64, uint32_t (&a)[2][4]) {
-        const uint4 line = load_line(block, slot, block64);
+    static __device__ void load(const uint8_t* slot, int block64, uint32_t (&a)[2][4]) {
+        const uint4 line = load_line(slot, block64);
         a[0][0] = line.x, a[0][2] = line.y, a[1][0] = line.z, a[1][2] = line.w;
         for (int step = 0; step < 2; ++step) {
             for (int half = 0; half < 2; ++half) a[step][2 * half + 1] = a[step][2 * half] & 0xf0f0f0f0;
@@ -116,21 +122,31 @@ struct Codes<M, 4> {
 template <class M>
 class Unit<M, true> {
   public:
+    static constexpr int SETS = ceil_div(ROWS, 4);
+
+    static __device__ int input_of(const Block& block, int set) {
+        const int column = block.lane() / 4;
+        const int row =
+            min_of(column / 2 + 4 * set, num_rows(block.args) - 1);  // columns without one repeat it
+        return 2 * row * ACTIVATION_STRIDE + plane_offset(column % 2, 0, block.lane() % 4);
+    }
+
     template <int K>
-    __device__ void add(const Block& block, const uint8_t* slot, int segment, int in_segment) {
-        const uint8_t* scales = slot + K * M::BITS / 8 * TILE_ROWS;
-        int products[ROW_SETS][4] = {};
-#pragma unroll(ROW_SETS == 1 ? 4 : 2)  // registers are short
+    __device__ void add(const Block& block, const uint8_t* slot, const int (&input)[SETS], int segment,
+                        int in_segment) {
+        const uint8_t* scales = slot - block.lane() * 16 + K * M::BITS / 8 * TILE_ROWS;
+        int products[SETS][4] = {};
+#pragma unroll(SETS == 1 ? 4 : 2)  // registers are short
         for (int block64 = 0; block64 < K / 64; ++block64) {
             uint32_t a[2][4];
-            Codes<M>::load(block, slot, block64, a);
-            uint4 b[ROW_SETS];
-            for (int set = 0; set < ROW_SETS; ++set) {
-                b[set] = load_planes(block, set, segment, in_segment / 64 + block64);
+            Codes<M>::load(slot, block64, a);
+            uint4 b[SETS];
+            for (int set = 0; set < SETS; ++set) {
+                b[set] = load_planes(block, input[set], segment, in_segment / 64 + block64);
             }
 #pragma unroll
             for (int step = 0; step < 2; ++step) {
-                for (int set = 0; set < ROW_SETS; ++set) {
+                for (int set = 0; set < SETS; ++set) {
                     Codes<M>::multiply(products[set], a[step], step == 0 ? b[set].x : b[set].z,
                                        step == 0 ? b[set].y : b[set].w);
                 }
@@ -147,7 +163,7 @@ class Unit<M, true> {
 
     __device__ void finish(const Block& block, int segment, float* part) const {
         const int output = block.lane() / 4;
-        for (int set = 0; set < ROW_SETS; ++set) {
+        for (int set = 0; set < SETS; ++set) {
             const int row = block.lane() % 4 + 4 * set;
             if (row >= ROWS) continue;
             const float scale = block.scales()->segment[row * MAX_SEGMENTS + segment];
@@ -157,20 +173,16 @@ class Unit<M, true> {
     }
 
   private:
-    static constexpr int ROW_SETS = ceil_div(ROWS, 4);
-
-    // Of two steps the B fragments: {x, y} and {z, w}. Columns without a row repeat the last.
-    static __device__ uint4 load_planes(const Block& block, int set, int segment, int block64) {
-        const int column = block.lane() / 4, row = min_of(column / 2 + 4 * set, num_rows(block.args) - 1);
-        const uint16_t* at = block.activations() + row * ACTIVATION_STRIDE + segment * SEGMENT;
-        return *reinterpret_cast<const uint4*>(reinterpret_cast<const uint8_t*>(at) +
-                                               plane_offset(column % 2, block64, block.lane() % 4));
+    // Of two steps the B fragments: {x, y} and {z, w}.
+    static __device__ uint4 load_planes(const Block& block, int input, int segment, int block64) {
+        const int at = (block64 % 2 == 0 ? input : input ^ 64) + block64 / 2 * 128;  // as plane_offset()
+        return *reinterpret_cast<const uint4*>(block.memory + at + 2 * segment * SEGMENT);
     }
 
     // Adds the finished products of a group and begins the next.
-    __device__ void add_group(const Block& block, int (&products)[ROW_SETS][4], const uint8_t* scales,
+    __device__ void add_group(const Block& block, int (&products)[SETS][4], const uint8_t* scales,
                               int group) {
-        for (int set = 0; set < ROW_SETS; ++set) {
+        for (int set = 0; set < SETS; ++set) {
             const int row = min_of(block.lane() % 4 + 4 * set, ROWS - 1);
             float group_sum = 0.0f;
             if constexpr (M::BITS == 4) group_sum = block.scales()->group_sum[row * MAX_GROUPS + group];
@@ -182,7 +194,7 @@ class Unit<M, true> {
         }
     }
 
-    float sum_[ROW_SETS][2] = {};
+    float sum_[SETS][2] = {};
 };
 
 // ---- all units of a stage ----
@@ -198,12 +210,16 @@ constexpr int ROUND =
 template <class M>
 class Products {
   public:
-    __device__ Products(Block& block, Stage stage) : tiles_(block.own_tiles(stage)) { begin(block, 0); }
+    __device__ Products(Block& block, Stage stage)
+        : tiles_(block.own_tiles(stage)), line_(opaque(block.lane() * 16)) {
+        for (int set = 0; set < Unit<M>::SETS; ++set) input_[set] = opaque(Unit<M>::input_of(block, set));
+        begin(block, 0);
+    }
 
     // Waits for the warp's first slot, which does not depend on the input: that may arrive meanwhile.
     __device__ void begin(Block& block, int part) {
         part_ = part;
-        if (block.warp() < tiles_ * segments()) slot_ = block.stream.wait();
+        if (block.warp() < tiles_ * segments()) slot_ = block.stream.wait() + line_;
     }
 
     // Rounds take turns with two buffers: whoever adds up a round is done with it before anyone begins the
@@ -217,7 +233,7 @@ class Products {
             float* sums = block.shared()->part + parity * ROUND_UNITS * ROWS * TILE_ROWS;
             for (int unit = first + (block.warp() - first & (WARPS - 1)); unit < last; unit += WARPS) {
                 multiply(block, unit % segments(), sums + (unit - first) * ROWS * TILE_ROWS);
-                if (unit + WARPS < units) slot_ = block.stream.wait();
+                if (unit + WARPS < units) slot_ = block.stream.wait() + line_;
                 block.stream.refill();
             }
             sync_threads<THREADS>();
@@ -242,12 +258,12 @@ class Products {
         for (int slot = first; slot < last; ++slot) {
             const int in_segment = (slot - first) * M::SLOT_K;
             if (M::TAIL_K == M::SLOT_K || slot + 1 < M::SLOTS) {
-                unit.template add<M::SLOT_K>(block, slot_, segment, in_segment);
+                unit.template add<M::SLOT_K>(block, slot_, input_, segment, in_segment);
             } else {
-                unit.template add<M::TAIL_K>(block, slot_, segment, in_segment);
+                unit.template add<M::TAIL_K>(block, slot_, input_, segment, in_segment);
             }
             block.stream.release(unit.seen());
-            if (slot + 1 < last) slot_ = block.stream.wait();
+            if (slot + 1 < last) slot_ = block.stream.wait() + line_;
         }
         unit.finish(block, segment, sums);
     }
@@ -259,8 +275,9 @@ class Products {
     template <class Epilogue>
     __device__ void add_segments(Block& block, const float* sums, int first, int last, int parity,
                                  Epilogue epilogue) const {
-        const int first_tile = first / segments();
+        const int first_tile = first / segments(), thread = block.thread;
         const int jobs = (ceil_div(last, segments()) - first_tile) * num_rows(block.args);
+        block.thread = opaque(thread);  // what follows from it is not computed ahead, by warps without a job
         const int output = block.thread % TILE_ROWS;
         for_half_warps(block, jobs, [&](int job, bool valid) {
             const int tile = first_tile + job / num_rows(block.args), row = job % num_rows(block.args);
@@ -285,9 +302,11 @@ class Products {
             if (valid && !complete) carry[to * ROWS * TILE_ROWS] = sum;
             epilogue(tile, row, sum, valid && complete);
         });
+        block.thread = thread;
     }
 
-    const int tiles_;
+    const int tiles_, line_;  // the block's; where in a line the lane's 16 bytes are
+    int input_[Unit<M>::SETS];
     int part_;
     const uint8_t* slot_;  // that waits to be multiplied
 };

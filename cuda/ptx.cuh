@@ -233,7 +233,8 @@ template <int COUNT>
 __device__ __forceinline__ bool sync_threads_or(bool value) {
     uint32_t any;
     asm volatile(
-        "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.red.aligned.or.pred q, 1, %2, p; selp.u32 %0, 1, 0, q; }"
+        "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.red.aligned.or.pred q, 1, %2, p; selp.u32 %0, 1, "
+        "0, q; }"
         : "=r"(any)
         : "r"(static_cast<uint32_t>(value)), "n"(COUNT)
         : "memory");

@@ -474,7 +474,7 @@ LOAD = "load_relaxed_128(at(min_of(begin + i * step, count - 1)))"
 MISSING = "packet[i].w != tag"
 AWAIT = "await_copy(state_.full[threadIdx.x / 32] + head_, parity_)"
 ARRIVE = "mbarrier_arrive(state_.empty[threadIdx.x / 32] + head_)"
-PLANES = "plane_offset(column % 2, block64, block.lane() % 4)"
+PLANES = "plane_offset(column % 2, 0, block.lane() % 4)"
 EXPECT = "mbarrier_arrive_expect(full, cursor.bytes())"
 
 # Each mistake: the build in which it must be found, and the edits that make it.
@@ -636,7 +636,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         [Edit("matvec.cuh", PLANES, f"{PLANES} + (1 << 18)")],
     ),
     # Integers.
-    "high bytes cut, not rounded": (BULK, [ACTIVATIONS("low[k] + 128", "low[k] + 0")]),
+    "high bytes cut, not rounded": (BULK, [ACTIVATIONS("ROUNDER + 128", "ROUNDER + 0")]),
     "one plane twice": (BULK, [Edit("matvec.cuh", PLANES, PLANES.replace("column % 2", "0"))]),
     "a segment's power of two too large": (BULK, [ACTIVATIONS("(largest_[i] + 1) >> 7", "largest_[i] >> 7")]),
     "another segment's power of two": (

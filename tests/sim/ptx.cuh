@@ -68,7 +68,8 @@ inline void mma_16x8x32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
             const uint32_t* words = warp.lanes[l]->operand + 4;
             const int g = l / 4, t = l % 4;
             for (int half = 0; half < 2; ++half) {
-                for (int hi = 0; hi < 2; ++hi) memcpy(&rows[g + 8 * hi][16 * half + 4 * t], words + 2 * half + hi, 4);
+                for (int hi = 0; hi < 2; ++hi)
+                    memcpy(&rows[g + 8 * hi][16 * half + 4 * t], words + 2 * half + hi, 4);
                 memcpy(&columns[g][16 * half + 4 * t], words + 4 + half, 4);
             }
         }
