@@ -69,10 +69,11 @@ class ItemList {
         }
     }
 
-    __device__ int most_splits() const { return most_splits_; }
     // The absolute number of the row's first split, and how many it has.
     __device__ int first_split(int row) const { return Span(args_, row, window_).first_split(); }
-    __device__ int splits(int row) const { return Span(args_, row, window_).splits(); }
+    __device__ int splits(int row) const {
+        return ROWS == 1 ? most_splits_ : Span(args_, row, window_).splits();
+    }
     __device__ int count() const { return most_splits_ * num_rows(args_) * ITEM_GROUPS; }
     __device__ int first() const {
         return static_cast<int>((blockIdx.x + static_cast<uint32_t>(layer_) * ITEM_GROUPS) % gridDim.x);

@@ -1,8 +1,22 @@
-"""What every decoder's forward() demands of its arguments."""
+"""What a decoder is asked for, and what every one demands of its arguments."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+
+from .candidates import Query
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one sequence adds to a pass: tokens at consecutive positions of its slot."""
+
+    slot: int
+    tokens: np.ndarray  # integers [n], n > 0
+    start: int  # the position of the first
+    queries: tuple[Query, ...]  # what is asked of the last rows' logits, one each; none: only K and V count
 
 
 def check_pass(tokens: np.ndarray, start: int, logits: str, max_seq_len: int, vocab_size: int) -> None:

@@ -49,6 +49,7 @@ from ffmini.errors import GenerationError
 from ffmini.kernel import LISTED, MAIL_LEAVE, MOST_LISTED
 from ffmini.numerics import from_bf16
 from ffmini.packing import PackedModel
+from ffmini.passes import Work
 from ffmini.resources import resource_dir
 
 BUILDS = {f"{build.family}-{build.dtype}": build for build in COVER}
@@ -198,7 +199,7 @@ def test_logits_as_asked(pack: Callable[[Case], PackedModel]) -> None:
     every = decoder.forward(tokens, 0, "all")
     assert same_bits(decoder.forward(tokens, 0, "last"), every[-1:])
     assert decoder.forward(tokens, 0, "none").shape == (0, packed.config.vocab_size)
-    assert same_bits(decoder.launch(tokens[:8], 0, [1, 6]), every[[1, 6]])
+    assert same_bits(decoder.launch([Work(0, tokens[:8], 0, ())], [1, 6]), every[[1, 6]])
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -405,7 +406,7 @@ def test_same_candidates(pack: Callable[[Case], PackedModel], build: str) -> Non
         decoder._queried_ids[...] = -1
         found = decoder.listed(tokens, 0, ids, {0: 1.5}, append, mailbox)[0]
         assert same_bits(flat(found), flat(appended if append else expected)), f"seed {seed}"
-        assert decoder._queried_ids[len(ids)] == (token if append else -1)
+        assert decoder._queried_ids[0, len(ids)] == (token if append else -1)
 
 
 @pytest.mark.parametrize("bulk_copies", [True, False])
@@ -468,6 +469,7 @@ class Edit(NamedTuple):
 STREAM = functools.partial(Edit, "stream.cuh")
 EXCHANGE = functools.partial(Edit, "exchange.cuh")
 CANDIDATES = functools.partial(Edit, "candidates.cuh")
+ITEMS = functools.partial(Edit, "items.cuh")
 ACTIVATIONS = functools.partial(Edit, "activations.cuh")
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(min_of(begin + i * step, count - 1)))"
@@ -620,12 +622,39 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "queried ids without the appended one": (
         BULK,
-        [CANDIDATES("known + appends(block)", "known + 0")],
+        [CANDIDATES("num_queried[row] + appends(block, row)", "num_queried[row] + 0")],
     ),
     "token not appended": (
         BULK,
         [CANDIDATES("blockIdx.x == 0 && block.thread == 0", "false")],
     ),
+    # What is a row's own.
+    "one list of queried ids": (BULK, [CANDIDATES("list * MAX_QUERIED", "0 * list")]),
+    "another row's list": (BULK, [CANDIDATES("(1u << row) - 1", "(2u << row) - 1")]),
+    "marks of all rows in one place": (BULK, [CANDIDATES("row * MARK_WORDS", "0 * row")]),
+    "as many ids as the first row": (
+        BULK,
+        [CANDIDATES("[row]", "[0]", "known = block.args.num_queried[row]")],
+    ),
+    "all rows append": (BULK, [CANDIDATES("block.args.append >> row", "block.args.append >> 7")]),
+    "another row's token appended": (
+        BULK,
+        [CANDIDATES("token_of(block, row)", "token_of(block, 0)", "= token_of(block, row);\n        }")],
+    ),
+    "another row's token queried": (
+        BULK,
+        [CANDIDATES("token_of(block, row)", "token_of(block, 0)", "list[i] : token_of(block, row)")],
+    ),
+    "rows of all slots in one": (
+        BULK,
+        [ITEMS("args.rows[first_row - 1].slot == args.rows[row].slot", "true")],
+    ),
+    "one slot in the cache": (BULK, [ITEMS("args.rows[row].slot", "0", "+ args.rows[row].slot")]),
+    "the first row's splits for all": (
+        BULK,
+        [Edit("ffmini.cu", "items.splits(item.row) == 1", "items.splits(0) == 1")],
+    ),
+    "a finished row merged": (BULK, [Edit("ffmini.cu", "items.splits(row) == 1", "false")]),
     # Lanes and memory.
     "half a warp does not shuffle": (
         BULK,
@@ -770,6 +799,7 @@ class Mutable:
     def __init__(self, packed: PackedModel, cuda: Path, ring: str) -> None:
         self.tokens = case_tokens(packed, self.CASE.rows + 1)
         options = {"rows": self.CASE.rows, "bulk_copies": ring == BULK, "shared_limit": self.SHARED_LIMIT}
+        options["num_slots"] = 2
         self.decoder = SimDecoder(packed, MAX_SEQ_LEN, cuda=cuda, **options)
         exact = SimDecoder(packed, MAX_SEQ_LEN, **options)
         self.expected = {}
@@ -777,18 +807,23 @@ class Mutable:
             self.expected[exact.blocks] = self.results(exact)
 
     def results(self, decoder: SimDecoder) -> np.ndarray:
-        """Of a pass that sees one block of positions, one whose token comes by mail, two that see three.
+        """Of a pass that sees one block of positions, one whose token comes by mail, three that see three.
 
-        The first pass leaves out some of the candidates, the second none.
+        The first pass leaves out some of the candidates, the second none. The first and the last one have
+        rows of two slots; what the first one's two wanted rows are asked for differs.
         """
         rows = self.CASE.rows
-        first = decoder.listed(self.tokens[:rows], 0, self.QUERIED, {0: 0.8, rows - 1: 1.0}, append=True)
-        known = decoder._queried_ids[: len(self.QUERIED) + 1]
+        works = [Work(1, self.tokens[:3], 0, ()), Work(0, self.tokens[3:rows], 0, ())]
+        queries = {0: query(self.QUERIED, 1 / 0.8), rows - 1: query(self.QUERIED[::2])}
+        first = decoder.ask_rows(works, queries, appended=[rows - 1])
+        known = decoder._queried_ids[1, : len(self.QUERIED[::2]) + 1]
         mailbox = decoder.next_mail(int(self.tokens[rows]))
         known = np.union1d(known, np.setdiff1d(np.arange(64), self.FEW))
-        awaited = decoder.listed(self.tokens[rows:], rows, known, {0: 1.0}, mailbox=mailbox)
+        awaited = decoder.listed(self.tokens[rows:], rows - 3, known, {0: 1.0}, mailbox=mailbox)
         deep = deep_logits(decoder, self.tokens, rows)
-        return np.concatenate([*map(flat, [*first.values(), awaited[0]]), deep.reshape(-1)])
+        works = [Work(1, self.tokens[:2], 7, ()), Work(0, self.tokens[2:4], DEEP, ())]
+        mixed = decoder.launch(works, [1, 2])
+        return np.concatenate([*map(flat, [*first.values(), awaited[0]]), deep.ravel(), mixed.ravel()])
 
     def start(self, name: str | None, seed: int) -> None:
         """Like a new decoder, with the mistake `name`."""
