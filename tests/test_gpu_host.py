@@ -17,15 +17,16 @@ from comparison import ask, check_candidates, query
 from ffmini import gpu
 from ffmini.candidates import MAX_QUERIED, Candidates, Query
 from ffmini.errors import DeviceError, GenerationError
-from ffmini.kernel import AWAITED, MAIL_APPEND, MAIL_LEAVE, PASS_ARGS
+from ffmini.kernel import AWAITED, MAIL_APPEND, MAIL_LEAVE, MAX_ROWS, PASS_ARGS
+from ffmini.passes import Work
 from ffmini.results import HostMemory
 
-VOCAB, LISTED, MAX_SEQ_LEN = 300, 60, 40
+VOCAB, LISTED, MAX_SEQ_LEN, SLOTS = 300, 60, 40, 3
 
 
-def logits_of_pass(token: int, position: int) -> np.ndarray:
+def logits_of_pass(token: int, position: int, slot: int = 0) -> np.ndarray:
     """What the model of these tests says of `token` at `position`: float32 [VOCAB], some of them equal."""
-    values = np.random.default_rng([token, position]).standard_normal(VOCAB) * 3
+    values = np.random.default_rng([token, position, slot]).standard_normal(VOCAB) * 3
     return (values.round(1) + 0.0).astype(np.float32)
 
 
@@ -47,11 +48,11 @@ class Device(threading.Thread):
 
     def __init__(self, host: HostMemory) -> None:
         super().__init__(daemon=True)
-        self.host, self.ids, self.queue = host, np.zeros(MAX_QUERIED, np.int32), Queue()
+        self.host, self.ids, self.queue = host, np.zeros((MAX_ROWS, MAX_QUERIED), np.int32), Queue()
         self.log: list[tuple[int, str]] = []  # of each pass: its first position, how it went
         self.trouble: str | None = None  # of the next pass
         self.ended: set[int] = set()
-        self.row: np.ndarray | None = None  # logits of the last pass
+        self.logits: list[np.ndarray] = []  # of the last pass's rows
 
     def run(self) -> None:
         while (args := self.queue.get()) is not None:
@@ -62,7 +63,7 @@ class Device(threading.Thread):
 
     def run_pass(self, args: np.ndarray) -> str:
         number, row = int(args["pass"]), int(args["num_rows"]) - 1
-        token, append = int(args["rows"]["token"][row]), bool(args["append"])
+        token, append = int(args["rows"]["token"][row]), int(args["append"])
         if token == AWAITED:
             end = time.perf_counter() + 1e-9 * float(args["token_limit_ns"])
             while (mail := int(self.host.mailbox[0])) & 0xFFFFFFFF != number:
@@ -70,7 +71,7 @@ class Device(threading.Thread):
                     self.host.status["no_token"] = number
                     return "no token"
                 time.sleep(1e-4)
-            token, append = (mail >> 32) % MAIL_APPEND, bool(mail >> 63)
+            token, append = (mail >> 32) % MAIL_APPEND, mail >> 63
             if token == MAIL_LEAVE:
                 return "left"
         trouble, self.trouble = self.trouble, None
@@ -78,21 +79,33 @@ class Device(threading.Thread):
             self.host.status["stage"], self.host.status["gave_up"] = 8, number
         if trouble is not None and trouble != "non-finite":
             return trouble
-        self.row = logits_of_pass(token, int(args["rows"]["position"][row]))
+        self.logits = [self.logits_of_row(args, i, token) for i in range(row + 1)]
         if trouble == "non-finite":
-            self.row[7] = np.nan
+            self.logits[row][7] = np.nan
         if args["candidates"]:
-            known = int(args["num_queried"])
-            if append:
-                self.ids[known] = token
+            self.leave_candidates(args, token, append)
+        return "awaited" if int(args["rows"]["token"][row]) == AWAITED else "plain"
+
+    def logits_of_row(self, args: np.ndarray, row: int, awaited: int) -> np.ndarray:
+        token, position, slot = (int(x) for x in args["rows"][row])
+        return logits_of_pass(awaited if token == AWAITED else token, position, slot)
+
+    def leave_candidates(self, args: np.ndarray, token: int, append: int) -> None:
+        """Of the wanted rows, each with its list; `token` is the last row's, `append` a bit for each row."""
+        rows = [row for row in range(MAX_ROWS) if int(args["logits_rows"]) >> row & 1]
+        for place, row in enumerate(rows):
+            known, appends = int(args["num_queried"][row]), append >> row & 1
+            if appends:
+                own = int(args["rows"]["token"][row])
+                self.ids[place, known] = token if own == AWAITED else own
             said = np.zeros_like(self.host.results[row])
-            ids = self.ids[: known + append]
-            count = list_candidates(self.row, ids, float(args["inverse_temperature"][row]), said)
-            said["tag"] = number
+            ids = self.ids[place, : known + appends]
+            temperature = float(args["inverse_temperature"][row])
+            count = list_candidates(self.logits[row], ids, temperature, said)
+            said["tag"] = int(args["pass"])
             for end in (1, count // 2, count):  # the header may overtake what it announces
                 self.host.results[row, :end] = said[:end]
                 time.sleep(1e-4)
-        return "awaited" if int(args["rows"]["token"][row]) == AWAITED else "plain"
 
 
 class HostSide(gpu.GPUDecoder):
@@ -100,16 +113,16 @@ class HostSide(gpu.GPUDecoder):
 
     def __init__(self, token_seconds: float = 1.0) -> None:
         self.config: Any = SimpleNamespace(vocab_size=VOCAB, num_layers=2)
-        self.max_seq_len, self.device = MAX_SEQ_LEN, "cuda:0"
+        self.max_seq_len, self.num_slots, self.device = MAX_SEQ_LEN, SLOTS, "cuda:0"
         packets = SimpleNamespace(fill=lambda value: None)
         packets.data = SimpleNamespace(ptr=0)
         self._builds: Any = {rows: SimpleNamespace(exchange=packets) for rows in (1, 4)}
+        self.max_rows = 4
         self._pass = self._checked = self._listed = 0
         self._gave_up: Any = np.zeros(1, np.uint32)
         self._waiting, self._closed = None, False
         self._begun = None
-        self._queried_ids = self._query_ids = np.zeros(0, np.int32)
-        self._query = None
+        self._lists = [gpu._List() for _ in range(MAX_ROWS)]
         self._host = HostMemory(np.zeros(HostMemory.nbytes(4), np.uint8), 4)
         self._set_args(np.zeros((), PASS_ARGS))
         self._args["spin_limit_ns"], self._args["token_limit_ns"] = 10**9, int(token_seconds * 1e9)
@@ -136,7 +149,7 @@ class HostSide(gpu.GPUDecoder):
 
     def finish(self, wanted: int = 0) -> np.ndarray:
         self._check_status()
-        return self.fake.row[None].copy() if wanted else np.zeros((0, VOCAB), np.float32)
+        return self.fake.logits[-1][None].copy() if wanted else np.zeros((0, VOCAB), np.float32)
 
     def outcomes(self) -> list[tuple[int, str]]:
         """How the passes went so far."""
@@ -151,10 +164,10 @@ class IdsOnDevice:
     def __init__(self, device: Device) -> None:
         self.device, self.uploads = device, 0
 
-    def __getitem__(self, key: slice) -> SimpleNamespace:
+    def __getitem__(self, key: tuple[int, slice]) -> SimpleNamespace:
         return SimpleNamespace(set=lambda ids: self.write(key, ids))
 
-    def write(self, key: slice, ids: np.ndarray) -> None:
+    def write(self, key: tuple[int, slice], ids: np.ndarray) -> None:
         self.device.queue.join()
         self.device.ids[key] = ids
         self.uploads += 1
@@ -252,7 +265,6 @@ def test_plain_passes_between() -> None:
     ("trouble", "error", "match"),
     [
         ("gave up", GenerationError, "gave up after 1 s: layer 1, norm_qkv"),
-        ("non-finite", GenerationError, "non-finite"),
         ("ended", DeviceError, "left no results"),
     ],
 )
@@ -335,19 +347,18 @@ def test_a_launch_is_on_the_decoders_device(device: int, context: int) -> None:
     """Also if another device is the current one, as it is again afterwards, or the thread has used none."""
     cuda = Cuda(device, context)
     decoder = decoder_on(cuda)
-    decoder._launch(3, 4, np.array([11, 12]), 20, 2)
+    decoder._launch(3, 4, [Work(0, np.array([11, 12]), 20, ()), Work(2, np.array([13]), 7, ())], 2)
     ((*shape, params),) = cuda.launched
     assert shape == [7, 5, 1, 1, 640, 1, 1, 99, 10] and cuda.device == device
     pointer = ctypes.c_uint64.from_address(params).value
     args = np.frombuffer(ctypes.string_at(pointer, PASS_ARGS.itemsize), PASS_ARGS)[0]
-    assert (args["pass"], args["exchange"], args["num_rows"], args["logits_rows"]) == (3, 8, 2, 2)
-    assert args["rows"]["token"][:2].tolist() == [11, 12]
-    assert args["rows"]["position"][:2].tolist() == [20, 21]
+    assert (args["pass"], args["exchange"], args["num_rows"], args["logits_rows"]) == (3, 8, 3, 2)
+    assert args["rows"][:3].tolist() == [(11, 20, 0), (12, 21, 0), (13, 7, 2)]
 
 
 def test_a_launch_that_fails() -> None:
     cuda = Cuda(0, 100)
     cuda.error = ArithmeticError("out of order")
     with pytest.raises(DeviceError, match=r"cuda:1: a pass failed \(out of order\); load the model again"):
-        decoder_on(cuda)._launch(1, 4, np.array([1]), 0, 1)
+        decoder_on(cuda)._launch(1, 4, [Work(0, np.array([1]), 0, ())], 1)
     assert cuda.device == 0

@@ -16,14 +16,11 @@ import pytest
 from bounds import check_logits_sent, check_sent
 from comparison import (
     BF16_TOLERANCE,
-    KEY_ROTATION,
-    VALUE_ROTATION,
     check_candidates,
     check_logits,
     check_stages,
     error,
     flat,
-    plain,
     query,
     share_cache,
 )
@@ -47,6 +44,7 @@ from sim_cases import (
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import GenerationError
 from ffmini.kernel import LISTED, MAIL_LEAVE, MOST_LISTED
+from ffmini.layout import KEY_ROTATION, VALUE_ROTATION, in_order
 from ffmini.numerics import from_bf16
 from ffmini.packing import PackedModel
 from ffmini.passes import Work
@@ -122,7 +120,7 @@ def check_deep_pass(decoder: SimDecoder, oracle: CPUDecoder, tokens: np.ndarray)
         (decoder.key_cache, oracle.key_cache, KEY_ROTATION),
         (decoder.value_cache, oracle.value_cache, VALUE_ROTATION),
     ):
-        appended = plain(found[:, 0, :, after], rotation, DEEP)
+        appended = in_order(found[:, 0, :, after], rotation, DEEP)
         assert error(from_bf16(appended), kept[:, :, after]) < 4e-3
         assert (found[:, :, :, after.stop :] == 0xFFFF).all()
 
@@ -622,7 +620,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "queried ids without the appended one": (
         BULK,
-        [CANDIDATES("num_queried[row] + appends(block, row)", "num_queried[row] + 0")],
+        [CANDIDATES("block.args.num_queried[row] + appends(block, row)", "block.args.num_queried[row]")],
     ),
     "token not appended": (
         BULK,
@@ -634,7 +632,13 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "marks of all rows in one place": (BULK, [CANDIDATES("row * MARK_WORDS", "0 * row")]),
     "as many ids as the first row": (
         BULK,
-        [CANDIDATES("[row]", "[0]", "known = block.args.num_queried[row]")],
+        [
+            CANDIDATES(
+                "block.args.num_queried[row]",
+                "block.args.num_queried[0]",
+                "known = block.args.num_queried[row]",
+            )
+        ],
     ),
     "all rows append": (BULK, [CANDIDATES("block.args.append >> row", "block.args.append >> 7")]),
     "another row's token appended": (
