@@ -328,6 +328,126 @@ def test_non_finite_logits(pack: Callable[[Case], PackedModel]) -> None:
     assert np.isnan(decoder.assemble(0, 1).total)
 
 
+# ---- slots ---------------------------------------------------------------------------------------------
+
+# Of one pass: slot, position, tokens. Contexts of none to three blocks of positions, rows that cross from one
+# block into the next, and one at the very end of its slot.
+MIXTURES = {
+    "five": [(3, 508, 2), (0, 0, 1), (5, 255, 2), (1, 30, 1), (7, MAX_SEQ_LEN - 2, 2)],
+    "eight": [(slot, position, 1) for slot, position in enumerate((511, 0, 256, 255, 599, 1, 512, 40))],
+    "two": [(6, 510, 5), (2, 3, 3)],
+    "the deep one last": [(4, 3, 6), (5, 560, 1)],
+}
+
+
+def mixed_works(packed: PackedModel, name: str) -> list[Work]:
+    """Every row of them is asked for something else."""
+    works, tokens = [], case_tokens(packed, 8)
+    vocab = packed.config.vocab_size
+    for slot, position, count in MIXTURES[name]:
+        rows = range(8 - len(tokens), 8 - len(tokens) + count)
+        asked = tuple(query(np.arange(row, vocab, 9 - row)[: 20 * row], 0.5 + row) for row in rows)
+        works.append(Work(slot, tokens[:count], position, asked))
+        tokens = tokens[count:]
+    return works
+
+
+def fill_slots(decoder: SimDecoder, works: list[Work]) -> None:
+    """Random K and V in the slots of `works` before their positions, NaN elsewhere."""
+    for cache in (decoder.key_cache, decoder.value_cache):
+        filled = random_cache(cache.shape, MAX_SEQ_LEN)
+        cache[...] = 0xFFFF
+        for work in works:
+            cache[:, work.slot, :, : work.start] = filled[:, work.slot, :, : work.start]
+
+
+@pytest.mark.parametrize(
+    ("case", "mixture"),
+    [
+        (Case("llama3.1", "bf16"), "five"),
+        (Case("qwen2", "int8"), "eight"),
+        (Case("mistral", "int4"), "two"),
+        (Case("qwen3", "int8", changes={"num_attention_heads": 12, "num_key_value_heads": 1}), "five"),
+    ],
+)
+def test_slots_match_cpu(pack: Callable[[Case], PackedModel], case: Case, mixture: str) -> None:
+    """Every stage of a pass over several slots, as of passes of one slot each."""
+    packed = pack(case)
+    works = mixed_works(packed, mixture)
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, num_slots=8, seed=3)
+    fill_slots(decoder, works)
+    before = decoder.key_cache.copy(), decoder.value_cache.copy()
+    logits = decoder.launch(works, list(range(sum(len(work.tokens) for work in works))))
+    oracle, at = CPUDecoder(packed, MAX_SEQ_LEN, progress=False), 0
+    for work in works:
+        rows = slice(at, at := at + len(work.tokens))
+        share_cache(oracle, *(cache[:, work.slot] for cache in before), work.start)
+        found = [{name: values[rows] for name, values in layer.items()} for layer in decoder.stages()]
+        x = check_stages(found, oracle, work.tokens, work.start)
+        assert error(logits[rows], oracle.norm_lm_head(x)) <= BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_rows_do_not_know_each_other(pack: Callable[[Case], PackedModel], dtype: str, mixture: str) -> None:
+    """A row says the same bits, and leaves the same K and V, as in a pass of its own; under any schedule."""
+    packed = pack(Case("qwen2", dtype, changes={"vocab_size": 200}))
+    works = mixed_works(packed, mixture)
+    one = SimDecoder(packed, MAX_SEQ_LEN, rows=1, num_slots=8, shared_limit=227 * 1024)
+    fill_slots(one, works)
+    expected = [
+        flat(one.ask([Work(work.slot, work.tokens[i : i + 1], work.start + i, (asked,))])[0][0])
+        for work in works
+        for i, asked in enumerate(work.queries)
+    ]
+    for bulk_copies in (True, False):
+        many = SimDecoder(packed, MAX_SEQ_LEN, num_slots=8, bulk_copies=bulk_copies)
+        for many.seed in (0, 5, 28, 56):
+            fill_slots(many, works)
+            found = [flat(said) for of_work in many.ask(works) for said in of_work]
+            assert all(map(same_bits, found, expected)), many.seed
+            assert np.array_equal(many.key_cache, one.key_cache)
+            assert np.array_equal(many.value_cache, one.value_cache)
+        many.blocks = 7
+        fill_slots(many, works)
+        found = [said.fetch() for of_work in many.ask(works[::-1])[::-1] for said in of_work]
+        assert all(same_bits(row, all[: len(row)]) for row, all in zip(found, expected, strict=True))
+
+
+def test_a_row_that_is_not_finite(pack: Callable[[Case], PackedModel]) -> None:
+    """The others say what they say without it."""
+    packed = pack(Case("llama2", "int8"))
+    works = mixed_works(packed, "eight")
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, num_slots=8)
+    fill_slots(decoder, works)
+    expected = [said for (said,) in decoder.ask(works)]
+    fill_slots(decoder, works)
+    decoder.value_cache[:, 4, :, 590] = 0x7FC0
+    with pytest.raises(GenerationError, match="non-finite"):
+        decoder.ask(works)
+    for row, said in enumerate(expected):
+        found = decoder.assemble(row, len(said.queried))
+        assert said.finite and found.finite == (row != 4)
+        assert row == 4 or same_bits(flat(found), flat(said))
+
+
+def test_appended_to_every_list(pack: Callable[[Case], PackedModel]) -> None:
+    """Rows of several slots each append their own token, whose ids the next pass finds on the device."""
+    packed = pack(Case("llama2", "int4", 32, changes={"num_hidden_layers": 1, "vocab_size": 67}))
+    decoder, tokens = SimDecoder(packed, MAX_SEQ_LEN, num_slots=3), case_tokens(packed, 5)
+    works = [Work(2, tokens[:3], 0, ()), Work(1, tokens[3:4], 0, ()), Work(0, tokens[4:], 0, ())]
+    logits = decoder.launch(works, [2, 3, 4])
+    for appended in ([2, 3, 4], [3], [4]):
+        lists = {row: np.setdiff1d(np.arange(0, 67, row), tokens) for row in (2, 3, 4)}
+        decoder._queried_ids[...] = -1
+        found = decoder.ask_rows(works, {row: query(ids) for row, ids in lists.items()}, appended)
+        for place, (row, ids) in enumerate(lists.items()):
+            asked = np.append(ids, tokens[row]) if row in appended else ids
+            check_candidates(found[row], logits[place], asked, 1.0)
+            held = decoder._queried_ids[place]
+            assert np.array_equal(held[held >= 0], asked)
+
+
 # ---- candidates ----------------------------------------------------------------------------------------
 
 
