@@ -690,10 +690,7 @@ class GPUDecoder:
 
     def _await_results(self, begun: _Begun) -> bool:
         """Wait for all that the last pass says; False if it ended for want of its token."""
-        for asked in begun.asked:
-            if not self._await_row(begun.listing, asked.row, len(asked.ids)):
-                return False
-        return True
+        return all(self._await_row(begun.listing, asked.row, len(asked.ids)) for asked in begun.asked)
 
     def _await_row(self, listing: _Listing, row: int, num_queried: int) -> bool:
         """The same of one row."""
