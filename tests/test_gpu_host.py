@@ -308,6 +308,9 @@ def test_works_of_several_slots() -> None:
     assert decoder._device_ids.uploads == 2  # then each pass appends its tokens
     drafts = [Work(1, np.arange(3), 21, (query([1]), query([2, 4], 0.5), query([])))]
     run(decoder, [*drafts, Work(0, np.array([9]), 22, (query([8]),))])
+    asked = query([1, 32]), query([2, 4, 31], 0.5), query([32])  # the device has all but the last of each
+    run(decoder, [Work(1, np.arange(30, 33), 22, asked)])
+    assert decoder._device_ids.uploads == 7
     run(decoder, [Work(2, np.arange(6), 21, ()), Work(0, np.array([9]), 23, (query([8]),))])
     run(decoder, [Work(0, np.arange(3), 24, (query([8]),)), Work(1, np.array([4]), 24, (query([6]),))])
     assert {outcome for _, outcome in decoder.outcomes()} == {"plain"}
