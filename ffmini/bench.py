@@ -144,7 +144,7 @@ def _pack_random(rows: int, layout: MatrixLayout, rng: np.random.Generator) -> n
 
 
 def fill_cache(decoder: Decoder, positions: int, seed: int = SEED) -> None:
-    """Fill positions below `positions` of a decoder's KV cache with random K and V, layers and slots alike."""
+    """Fill positions below `positions` of a KV cache with random K and V, all layers and slots alike."""
     config = decoder.config
     rng = np.random.default_rng(seed)
     for cache in (decoder.key_cache, decoder.value_cache):
@@ -476,9 +476,7 @@ def _end_to_end(
     return _record(common | what, seconds, passes, passes, nbytes)
 
 
-def _mean_bytes(
-    packed: PackedModel, decoder: Decoder, depths: range, rows: int, sequences: int = 1
-) -> int:
+def _mean_bytes(packed: PackedModel, decoder: Decoder, depths: range, rows: int, sequences: int = 1) -> int:
     unpacked = isinstance(decoder, CPUDecoder)
     return sum(pass_bytes(packed, depth, unpacked, rows, sequences) for depth in depths) // len(depths)
 

@@ -315,7 +315,18 @@ def test_a_batch_is_queued():
     )
     packed = skeleton(config_of(TINY), "bf16")
     plan = Plan([], [2], [7], 1, batch=[3])
-    common = {"peak_bytes_per_s": 1e9, "depth": 7, "test": "batch3", **dict.fromkeys(OTHER_FIELDS)}
+    given = {
+        "shape",
+        "dtype",
+        "engine",
+        "logits_error",
+        "repetitions",
+        "device",
+        "driver",
+        "commit",
+        "versions",
+    }
+    common = dict.fromkeys(given | {"over_queued"}) | {"peak_bytes_per_s": 1e9, "depth": 7, "test": "batch3"}
     record = bench._time_batch(packed, decoder, plan, 3, common)
     assert record.us_per_pass == pytest.approx(3 * record.us_per_token) and record.rows == 3
     assert record.bytes == pass_bytes(packed, 7, rows=3, sequences=3) + (
