@@ -773,6 +773,10 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         BULK,
         [ITEMS("args.rows[first_row - 1].slot == args.rows[row].slot", "true")],
     ),
+    "items of all slots in one": (
+        BULK,
+        [ITEMS("args.rows[end].slot == args.rows[first].slot", "true")],
+    ),
     "one slot in the cache": (BULK, [ITEMS("args.rows[row].slot", "0", "+ args.rows[row].slot")]),
     "the first row's splits for all": (
         BULK,
@@ -945,7 +949,7 @@ class Mutable:
         known = np.union1d(known, np.setdiff1d(np.arange(64), self.FEW))
         awaited = decoder.listed(self.tokens[rows:], rows - 3, known, {0: 1.0}, mailbox=mailbox)
         deep = deep_logits(decoder, self.tokens, rows)
-        works = [Work(1, self.tokens[:2], 7, ()), Work(0, self.tokens[2:4], DEEP, ())]
+        works = [Work(0, self.tokens[2:4], DEEP, ()), Work(1, self.tokens[:2], 7, ())]
         mixed = decoder.launch(works, [1, 2])
         return np.concatenate([*map(flat, [*first.values(), awaited[0]]), deep.ravel(), mixed.ravel()])
 
