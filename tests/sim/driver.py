@@ -177,7 +177,7 @@ class NoTokenError(Exception):
 class SimDecoder:
     """Passes of one model on a simulated grid; the interface of CPUDecoder and GPUDecoder.
 
-    One build for `rows` rows serves any number of `blocks` and of `num_slots`. `seed` chooses the schedule of every pass, 0
+    One build for `rows` rows serves any number of `blocks`. `seed` chooses the schedule of every pass, 0
     the plain one; it may be changed between passes, as may `blocks` and `lost_packet` (an index into
     `exchange`; what is stored there never arrives). A wait that cannot end is a SimError unless `give_up` is
     set, which lets time pass until the kernel itself gives up: a GenerationError.
