@@ -408,9 +408,8 @@ __device__ __forceinline__ bool leave_candidates(const Block& block, int where) 
     const int blocks = static_cast<int>(gridDim.x);
 #pragma unroll 1
     for (int row = blocks - 1 - static_cast<int>(blockIdx.x); row < num_rows(args); row += blocks) {
-        if (is_wanted(args, row) && !merge_lists(block, row, num_queried(block, row), packets(row), where)) {
-            return false;
-        }
+        if (!is_wanted(args, row)) continue;
+        if (!merge_lists(block, row, num_queried(block, row), packets(row), where)) return false;
     }
     return true;
 }

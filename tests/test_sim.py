@@ -1074,6 +1074,8 @@ def run_all(decoder: SimDecoder, tokens: np.ndarray, gives_up: bool) -> None:
         decoder.seed = seed
         deep_logits(decoder, tokens, decoder.rows)
     decoder.forward(tokens, 0, "none")
+    if decoder.rows > 1:
+        decoder.launch([Work(1, tokens[:1], 0, ()), Work(0, tokens[1:2], DEEP, ())], [0])
     decoder.listed(tokens, 0, [3, 7], {0: 1.0}, append=True)
     mailbox = decoder.next_mail(int(tokens[0]), append=True)
     decoder.listed(tokens[:1], 0, [3, 7], {0: 1.0}, mailbox=mailbox)
@@ -1106,6 +1108,7 @@ def test_every_line_runs(pack: Callable[[Case], PackedModel]) -> None:
             blocks=case.blocks,
             bulk_copies=ring == BULK,
             part_segments=1 if "parts" in name else None,
+            num_slots=2,
             **options,
         )
         run_all(decoder, case_tokens(packed, case.rows), name.endswith("given up"))
