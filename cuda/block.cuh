@@ -91,6 +91,7 @@ template <int SLOTS>
 using RingOf = CopyRing<SLOTS>;
 #endif
 
+constexpr int MARK_WORDS = ceil_div(OWN_HEAD_TILES * TILE_ROWS, 32);  // a bit for each token of the own tiles
 constexpr int CARRIES = DownProj::PARTS == 1 ? 2 : max_of(2, OWN_TILES);
 
 struct SharedTail {
@@ -103,8 +104,8 @@ struct SharedTail {
     float norm_scale[ROWS];                   // 1 / root mean square
     float rope_cos[ROWS * (HEAD_DIM / 2)];    // at the rows' positions
     float rope_sin[ROWS * (HEAD_DIM / 2)];
-    uint32_t mail;                                               // of a pass whose token was awaited
-    uint32_t queried[ceil_div(OWN_HEAD_TILES * TILE_ROWS, 32)];  // a bit for each token of the own tiles
+    uint32_t mail;                        // of a pass whose token was awaited
+    uint32_t queried[ROWS * MARK_WORDS];  // which tokens each row is asked for
     RingState ring;
 };
 

@@ -64,17 +64,36 @@ __device__ __forceinline__ int token_of(const Block& block, int row) {
 
 // ---- the queried tokens ----
 
-// Whether the last row's token is one of them, behind those of queried_ids.
-__device__ __forceinline__ bool appends(const Block& block) {
-    return awaits_token(block.args) ? (block.shared()->mail & MAIL_APPEND) != 0 : block.args.append != 0;
+// Whether the host wants to know what the row says.
+__device__ __forceinline__ bool is_wanted(const PassArgs& args, int row) {
+    return row < num_rows(args) && (args.logits_rows >> row & 1) != 0;
 }
 
-// Calls visit(index, token, place among the block's own tokens) for each queried token of this block's tiles.
+// [MAX_QUERIED]: the tokens that a wanted row is asked for. The first wanted row has the first list,
+// whichever row it is: a list stays where it is when a prompt has ended and its tokens come one by one.
+__device__ __forceinline__ int* queried_list(const PassArgs& args, int row) {
+    const int list = ROWS == 1 ? 0 : __popc(args.logits_rows & ((1u << row) - 1));
+    return args.queried_ids + list * MAX_QUERIED;
+}
+
+// Whether the row's own token is one of them, behind those of its list.
+__device__ __forceinline__ bool appends(const Block& block, int row) {
+    return awaits_token(block.args) ? (block.shared()->mail & MAIL_APPEND) != 0
+                                    : (block.args.append >> row & 1) != 0;
+}
+
+__device__ __forceinline__ int num_queried(const Block& block, int row) {
+    return block.args.num_queried[row] + appends(block, row);
+}
+
+// Calls visit(index, token, place among the block's own tokens) for each token of this block's tiles that the
+// row is asked for.
 template <class Visit>
-__device__ __forceinline__ void for_own_queried(const Block& block, Visit visit) {
-    const int known = block.args.num_queried, count = known + appends(block);
+__device__ __forceinline__ void for_own_queried(const Block& block, int row, Visit visit) {
+    const int known = block.args.num_queried[row], count = num_queried(block, row);
+    const int* list = queried_list(block.args, row);
     for (int i = block.thread; i < count; i += THREADS) {
-        const int token = i < known ? block.args.queried_ids[i] : token_of(block, num_rows(block.args) - 1);
+        const int token = i < known ? list[i] : token_of(block, row);
         const int tile = token / TILE_ROWS, blocks = static_cast<int>(gridDim.x);
         if (tile % blocks == static_cast<int>(blockIdx.x)) {
             visit(i, token, tile / blocks * TILE_ROWS + token % TILE_ROWS);
@@ -82,17 +101,26 @@ __device__ __forceinline__ void for_own_queried(const Block& block, Visit visit)
     }
 }
 
-// Marks the block's own tokens that are queried; complete after the block's next barrier. Block 0 also
-// appends the last row's token for later passes: this one does not read that place.
+// Bit `own` of them: the row is asked for the block's own token `own`.
+__device__ __forceinline__ uint32_t* marks_of(const Block& block, int row) {
+    return block.shared()->queried + row * MARK_WORDS;
+}
+
+// Marks the block's own tokens that the wanted rows are asked for; complete after the block's next barrier.
+// Block 0 also appends tokens to the lists, for later passes: this one does not read those places.
 __device__ __forceinline__ void mark_queried(const Block& block) {
-    uint32_t* marks = block.shared()->queried;
-    for (int i = block.thread; i < ceil_div(block.own_tiles(STAGE_LM_HEAD) * TILE_ROWS, 32); i += THREADS) {
-        marks[i] = 0;
-    }
+    const PassArgs& args = block.args;
+    for (int i = block.thread; i < num_rows(args) * MARK_WORDS; i += THREADS) marks_of(block, 0)[i] = 0;
     sync_threads<THREADS>();
-    for_own_queried(block, [&](int, int, int own) { set_bits_shared(marks + own / 32, 1u << own % 32); });
-    if (blockIdx.x == 0 && block.thread == 0 && appends(block)) {
-        block.args.queried_ids[block.args.num_queried] = token_of(block, num_rows(block.args) - 1);
+#pragma unroll 1
+    for (int row = 0; row < num_rows(args); ++row) {
+        if (!is_wanted(args, row)) continue;
+        uint32_t* marks = marks_of(block, row);
+        for_own_queried(block, row,
+                        [&](int, int, int own) { set_bits_shared(marks + own / 32, 1u << own % 32); });
+        if (blockIdx.x == 0 && block.thread == 0 && appends(block, row)) {
+            queried_list(args, row)[args.num_queried[row]] = token_of(block, row);
+        }
     }
 }
 
@@ -159,11 +187,13 @@ __device__ __forceinline__ uint64_t first_entries(const Block& block, uint64_t (
 
 constexpr int SHARE = 4;  // tokens that a lane looks at together
 
-// The entry of the block's own token `own`; NO_ENTRY if it is queried or beyond the vocabulary.
-__device__ __forceinline__ uint64_t own_entry(const Block& block, const float* logits, int own) {
+// The entry of the block's own token `own` among a row's logits; NO_ENTRY if it has a mark, which stands for
+// a queried one, or is beyond the vocabulary.
+__device__ __forceinline__ uint64_t own_entry(const Block& block, const float* logits, const uint32_t* marks,
+                                              int own) {
     if (own >= block.own_tiles(STAGE_LM_HEAD) * TILE_ROWS) return NO_ENTRY;
     const int token = (blockIdx.x + own / TILE_ROWS * gridDim.x) * TILE_ROWS + own % TILE_ROWS;
-    if (token >= VOCAB_SIZE || (block.shared()->queried[own / 32] >> own % 32 & 1) != 0) return NO_ENTRY;
+    if (token >= VOCAB_SIZE || (marks[own / 32] >> own % 32 & 1) != 0) return NO_ENTRY;
     return entry_of(logits[token], token);
 }
 
@@ -177,13 +207,14 @@ __device__ __forceinline__ float rescale(uint64_t from, uint64_t to, float inver
 // one is not finite.
 __device__ __forceinline__ void list_share(const Block& block, int row) {
     const float* logits = block.args.logits + static_cast<uint64_t>(row) * VOCAB_SIZE;
+    const uint32_t* marks = marks_of(block, row);
     const float inverse_temperature = block.args.inverse_temperature[row];
     const int tokens = block.own_tiles(STAGE_LM_HEAD) * TILE_ROWS;
     uint64_t listed = NO_ENTRY;
     for (int begin = 0; begin < tokens; begin += SHARE * THREADS) {
         uint64_t entries[SHARE + 1];
         for (int i = 0; i < SHARE; ++i) {
-            entries[i] = own_entry(block, logits, begin + i * THREADS + block.thread);
+            entries[i] = own_entry(block, logits, marks, begin + i * THREADS + block.thread);
         }
         entries[SHARE] = listed;
         sort_entries(entries);
@@ -192,7 +223,7 @@ __device__ __forceinline__ void list_share(const Block& block, int row) {
     const uint64_t first = first_entry(listed);
     float sum = 0.0f;
     for (int own = block.thread; own < tokens; own += THREADS) {
-        const uint64_t entry = own_entry(block, logits, own);
+        const uint64_t entry = own_entry(block, logits, marks, own);
         const float logit = logit_of(entry);
         if (entry != NO_ENTRY) sum += rescale(entry, first, inverse_temperature) + (logit - logit);
     }
@@ -359,13 +390,12 @@ __device__ __forceinline__ bool merge_lists(const Block& block, int row, int num
 // barrier, which is here. False if a wait gave up.
 __device__ __forceinline__ bool leave_candidates(const Block& block, int where) {
     const PassArgs& args = block.args;
-    const auto wanted = [&](int row) { return row < num_rows(args) && (args.logits_rows >> row & 1) != 0; };
     const auto packets = [&](int row) { return args.candidates + row * RESULT_PACKETS; };
     sync_threads<THREADS>();
 #pragma unroll 1
     for (int row = 0; row < num_rows(args); ++row) {
-        if (!wanted(row)) continue;
-        for_own_queried(block, [&](int i, int token, int) {
+        if (!is_wanted(args, row)) continue;
+        for_own_queried(block, row, [&](int i, int token, int) {
             const float logit = args.logits[static_cast<uint64_t>(row) * VOCAB_SIZE + token];
             store_relaxed_system_128(packets(row) + 1 + i,
                                      make_uint4(0, 0, __float_as_uint(logit), args.pass));
@@ -373,13 +403,13 @@ __device__ __forceinline__ bool leave_candidates(const Block& block, int where) 
         list_share(block, row);
     }
     sync_threads<THREADS>();
-    if (wanted(block.warp())) publish_list(block, block.warp());
+    if (is_wanted(args, block.warp())) publish_list(block, block.warp());
     // The last blocks have the fewest tiles: each takes every gridDim.x-th row.
     const int blocks = static_cast<int>(gridDim.x);
 #pragma unroll 1
     for (int row = blocks - 1 - static_cast<int>(blockIdx.x); row < num_rows(args); row += blocks) {
-        const int num_queried = args.num_queried + appends(block);
-        if (wanted(row) && !merge_lists(block, row, num_queried, packets(row), where)) return false;
+        if (!is_wanted(args, row)) continue;
+        if (!merge_lists(block, row, num_queried(block, row), packets(row), where)) return false;
     }
     return true;
 }

@@ -161,7 +161,7 @@ struct PassArgs {
     uint16_t* value_cache;         // the same; within a vector as rotated() says (items.cuh)
     uint4* exchange;          // [EXCHANGE_PACKETS + blocks * BLOCK_PACKETS], zeroed once; see exchange.cuh
     float* logits;            // [ROWS][VOCAB_SIZE]
-    int* queried_ids;         // [MAX_QUERIED]: tokens whose logits the host wants to know
+    int* queried_ids;         // [MAX_ROWS][MAX_QUERIED]: see queried_list() in candidates.cuh
     uint4* candidates;        // the host's memory, [ROWS][RESULT_PACKETS]; null: not wanted
     const uint64_t* mailbox;  // the host's memory; see AWAITED
     Status* status;           // the host's memory
@@ -173,8 +173,8 @@ struct PassArgs {
     int num_slots;
     int num_rows;          // 1 .. ROWS
     uint32_t logits_rows;  // bit r: row r's logits are wanted; 0 leaves the lm_head out
-    int num_queried;
-    uint32_t append;  // not 0: the last row's token joins queried_ids; unless it is awaited
+    uint32_t append;       // bit r: row r's token joins its queried ids; the mail says it of an awaited one
+    int num_queried[MAX_ROWS];
     float inverse_temperature[MAX_ROWS];  // of the candidates' sums
     Row rows[MAX_ROWS];
 };

@@ -271,21 +271,22 @@ __device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
     return true;
 }
 
-// reads: qkv, the cache. writes: attention, the rows' own K and V into the cache; for contexts of more than
+// reads: qkv, the cache. writes: attention, the rows' own K and V into the cache; of rows that see more than
 // one block of positions first the partial softmaxes, which it then merges. waits for: qkv, the partials.
 __device__ __forceinline__ bool attention(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
     const ItemList items(block.args, layer);
-    const bool whole = items.most_splits() == 1;
     const int blocks = static_cast<int>(gridDim.x);
     for (int i = items.first(); i < items.count(); i += blocks) {
         const Item item = items[i];
         if (item.begin >= item.end) continue;
+        const bool whole = items.splits(item.row) == 1;
         if (!attend(block, item, layer, packets, whole, tag, where_of(layer, STAGE_ATTENTION))) return false;
     }
-    for (int i = items.first(); !whole && i < num_rows(block.args) * NUM_HEADS; i += blocks) {
-        const int row = i / NUM_HEADS;
+    for (int i = items.first(); i < num_rows(block.args) * NUM_HEADS; i += blocks) {
+        const int row = row_of(i, NUM_HEADS);
+        if (items.splits(row) == 1) continue;
         if (!merge_splits(block, i, items.first_split(row), items.splits(row), packets.attention(), tag,
                           where_of(layer, STAGE_MERGE))) {
             return false;

@@ -58,33 +58,53 @@ struct Item {
     }
 };
 
-// The items of one layer. A block takes first(), first() + gridDim.x, ...: another block begins in each
-// layer, so that short contexts burden all blocks alike.
+// The rows of one slot. Their items take turns split by split: rows that read the same keys and values do so
+// at about the same time.
+struct SlotRows {
+    int first, end;  // row first <= r < end
+    int splits;      // of none of them more
+
+    __device__ SlotRows(const PassArgs& args, int first_row, int window) : first(first_row), end(first + 1) {
+        while (end < num_rows(args) && args.rows[end].slot == args.rows[first].slot) ++end;
+        const int oldest = Span(args, first, window).first_split();
+        splits = args.rows[end - 1].position / KV_BLOCK - oldest + 1;
+    }
+    __device__ int items() const { return (end - first) * splits * ITEM_GROUPS; }
+};
+
+// The items of one layer, slot by slot. A block takes first(), first() + gridDim.x, ...: another block begins
+// in each layer, so that short contexts burden all blocks alike.
 class ItemList {
   public:
     __device__ ItemList(const PassArgs& args, int layer)
         : args_(args), window_(WINDOWS[layer]), layer_(layer) {
-        for (int row = 0; row < num_rows(args); ++row) {
-            most_splits_ = max_of(most_splits_, Span(args, row, window_).splits());
+        for (int row = 0; row < num_rows(args);) {
+            const SlotRows rows(args, row, window_);
+            count_ += rows.items();
+            row = rows.end;
         }
     }
 
-    __device__ int most_splits() const { return most_splits_; }
     // The absolute number of the row's first split, and how many it has.
     __device__ int first_split(int row) const { return Span(args_, row, window_).first_split(); }
     __device__ int splits(int row) const { return Span(args_, row, window_).splits(); }
-    __device__ int count() const { return most_splits_ * num_rows(args_) * ITEM_GROUPS; }
+    __device__ int count() const { return count_; }
     __device__ int first() const {
         return static_cast<int>((blockIdx.x + static_cast<uint32_t>(layer_) * ITEM_GROUPS) % gridDim.x);
     }
 
     __device__ Item operator[](int index) const {
-        const int group = index % ITEM_GROUPS, row = index / ITEM_GROUPS % num_rows(args_);
-        const Span span(args_, row, window_);
+        SlotRows rows(args_, 0, window_);
+        while (ROWS > 1 && index >= rows.items()) {
+            index -= rows.items();
+            rows = SlotRows(args_, rows.end, window_);
+        }
+        const int group = index % ITEM_GROUPS, turn = index / ITEM_GROUPS, count = rows.end - rows.first;
         Item item;
-        item.row = row;
+        item.row = rows.first + turn % count;
         item.first_head = group / HEAD_GROUPS * HEADS_PER_KV + group % HEAD_GROUPS * ITEM_HEADS;
-        item.split = index / ITEM_GROUPS / num_rows(args_);
+        item.split = turn / count;
+        const Span span(args_, item.row, window_);
         const int block = span.first_split() + item.split;
         item.begin = max_of(block * KV_BLOCK, span.first);
         item.end = min_of((block + 1) * KV_BLOCK, span.last + 1);
@@ -96,5 +116,5 @@ class ItemList {
   private:
     const PassArgs& args_;
     int window_, layer_;
-    int most_splits_ = 0;
+    int count_ = 0;
 };

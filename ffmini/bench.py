@@ -52,6 +52,7 @@ from .packing import (
     pack_quantized,
     vectors_length,
 )
+from .passes import Work
 from .quant import Quantized
 from .report import ENGINE, Record, Score, records_table, score_line, summary_line, to_json
 from .shapes import SHAPES
@@ -143,7 +144,7 @@ def _pack_random(rows: int, layout: MatrixLayout, rng: np.random.Generator) -> n
 
 
 def fill_cache(decoder: Decoder, positions: int, seed: int = SEED) -> None:
-    """Fill positions below `positions` of a decoder's KV cache with random K and V, all layers alike."""
+    """Fill positions below `positions` of a KV cache with random K and V, all layers and slots alike."""
     config = decoder.config
     rng = np.random.default_rng(seed)
     for cache in (decoder.key_cache, decoder.value_cache):
@@ -155,17 +156,20 @@ def fill_cache(decoder: Decoder, positions: int, seed: int = SEED) -> None:
                 cache[:, :, part] = from_bf16(bits)
             else:
                 with cache.device:
-                    cache[:, 0, :, part] = gpu.import_cupy().asarray(bits)
+                    cache[:, :, :, part] = gpu.import_cupy().asarray(bits)
 
 
 # ---- bytes and the speed of memory ---------------------------------------------------------------------
 
 
-def pass_bytes(packed: PackedModel, depth: int, unpacked: bool = False, rows: int = 1) -> int:
-    """Bytes that a pass of `rows` rows has to read with `depth` positions in the KV cache.
+def pass_bytes(
+    packed: PackedModel, depth: int, unpacked: bool = False, rows: int = 1, sequences: int = 1
+) -> int:
+    """Bytes that a pass of `rows` rows has to read with `depth` positions of each sequence in the KV cache.
 
     All layers' matrices and vectors as stored (scales and padding included), the final norm, the lm_head,
-    `rows` rows of an embedding table that is not the lm_head, and K and V that the first row's windows show.
+    `rows` rows of an embedding table that is not the lm_head, and K and V that the windows of each sequence's
+    first row show.
     `unpacked`: as the CPU path holds them, matrices, scales and cache in float32.
     """
     config = packed.config
@@ -177,7 +181,7 @@ def pass_bytes(packed: PackedModel, depth: int, unpacked: bool = False, rows: in
     layer = sum(matrix_bytes(name) for name in LAYER_MATRICES) + 4 * vectors_length(config)
     embed_rows = 0 if config.tie_word_embeddings else 2 * config.hidden_size * rows
     seen = sum(min(depth, window - 1) if window else depth for window in config.layer_windows)
-    cache = 2 * (4 if unpacked else 2) * config.num_kv_heads * config.head_dim * seen
+    cache = sequences * 2 * (4 if unpacked else 2) * config.num_kv_heads * config.head_dim * seen
     rest = 4 * config.hidden_size + matrix_bytes("lm_head") + embed_rows
     return config.num_layers * layer + rest + cache
 
@@ -296,16 +300,18 @@ class Plan:
     repetitions: int
     rows: list[int] = field(default_factory=list)  # of a pass, for passes of many
     end_to_end: int = 0  # tokens; 0: not measured
+    batch: list[int] = field(default_factory=list)  # sequences, a row of each pass for each
 
     @property
     def passes(self) -> int:
-        """How many passes of many rows are made."""
+        """How many passes of many rows or sequences are made."""
         return max(self.generations, default=QUEUED_PASSES)
 
     @property
     def positions(self) -> int:
         """The context that the longest test needs."""
         spans = [1, *self.prompts, *self.generations, *(self.passes - 1 + rows for rows in self.rows)]
+        spans += [self.passes for _ in self.batch]
         return max(max(self.depths) + max(spans), self.end_to_end + 1)
 
 
@@ -333,6 +339,17 @@ def time_passes(decoder: Decoder, tokens: np.ndarray, depth: int) -> float:
     return perf_counter() - began
 
 
+def time_batch(decoder: gpu.GPUDecoder, tokens: np.ndarray, depth: int) -> float:
+    """The same where each column of `tokens` [passes, sequences] is a sequence in a slot of its own."""
+    count = tokens.shape[1]
+    began = perf_counter()
+    for i, row in enumerate(tokens):
+        works = [Work(slot, row[slot : slot + 1], depth + i, ()) for slot in range(count)]
+        decoder.launch_works(count, works, (1 << count) - 1)
+    decoder.finish()
+    return perf_counter() - began
+
+
 def time_end_to_end(model: Model, tokens: int) -> float:
     """Seconds for `tokens` new tokens but the first: passes, sampling and text, one after the other."""
     return model.generate([0], max_new_tokens=tokens, **SAMPLING).timings.generation_seconds
@@ -356,14 +373,15 @@ def measure(
     # First what can be missing: a directory need not have a tokenizer.
     tokenizer = _tokenizer(packed) if plan.end_to_end else None
     rows = _rows_that_fit(packed, shape, plan.rows, ordinal)
+    batch = _rows_that_fit(packed, shape, plan.batch, ordinal)
     single = plan.prompts or plan.generations or plan.end_to_end
-    if not single and not rows:
+    if not single and not rows and not batch:
         return
     common = {
         "shape": shape,
         "dtype": packed.format,
         "engine": ENGINE,
-        "logits_error": check_logits(packed, ordinal, rows),
+        "logits_error": check_logits(packed, ordinal, sorted({*rows, *batch})),
         "peak_bytes_per_s": read_peak(ordinal),
         "repetitions": plan.repetitions,
         "device": device_name("cpu" if ordinal is None else f"cuda:{ordinal}"),
@@ -392,6 +410,14 @@ def measure(
                 for count in rows:
                     what = {"test": f"rows{count}", "depth": depth}
                     yield _time_passes(packed, decoder, plan, plan.passes, count, common | what)
+    if batch:
+        options = {"rows": tuple(batch), "num_slots": max(batch)}
+        with closing(gpu.GPUDecoder(packed, max_seq_len, ordinal, **options)) as decoder:
+            for depth in plan.depths:
+                fill_cache(decoder, depth)
+                for count in batch:
+                    what = {"test": f"batch{count}", "depth": depth}
+                    yield _time_batch(packed, decoder, plan, count, common | what)
 
 
 def _rows_that_fit(packed: PackedModel, shape: str, asked: list[int], ordinal: int | None) -> list[int]:
@@ -426,6 +452,16 @@ def _time_passes(
     return _record(common | {"rows": rows}, seconds, passes * rows, passes, nbytes)
 
 
+def _time_batch(
+    packed: PackedModel, decoder: gpu.GPUDecoder, plan: Plan, count: int, common: dict[str, Any]
+) -> Record:
+    """The record of passes of a token of each of `count` sequences, from the depth in `common` on."""
+    depth, passes = common["depth"], plan.passes
+    seconds = _repeat(plan, time_batch, decoder, _tokens(decoder, passes, count), depth)
+    nbytes = _mean_bytes(packed, decoder, range(depth, depth + passes), count, sequences=count)
+    return _record(common | {"rows": count}, seconds, passes * count, passes, nbytes)
+
+
 def _end_to_end(
     packed: PackedModel, decoder: Decoder, tokenizer: Tokenizer, plan: Plan, common: dict[str, Any]
 ) -> Record:
@@ -440,9 +476,9 @@ def _end_to_end(
     return _record(common | what, seconds, passes, passes, nbytes)
 
 
-def _mean_bytes(packed: PackedModel, decoder: Decoder, depths: range, rows: int) -> int:
+def _mean_bytes(packed: PackedModel, decoder: Decoder, depths: range, rows: int, sequences: int = 1) -> int:
     unpacked = isinstance(decoder, CPUDecoder)
-    return sum(pass_bytes(packed, depth, unpacked, rows) for depth in depths) // len(depths)
+    return sum(pass_bytes(packed, depth, unpacked, rows, sequences) for depth in depths) // len(depths)
 
 
 def _record(
@@ -654,6 +690,8 @@ def _add_test_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--generate", type=_counts, metavar="N,..", help=text)
     text = f"passes of N rows, 1 to {MAX_ROWS}, as many as -n has tokens"
     parser.add_argument("--rows", type=_counts, default=[], metavar="N,..", help=text)
+    text = f"passes of a token of each of N sequences, 1 to {MAX_ROWS}, as many; on a GPU"
+    parser.add_argument("--batch", type=_counts, default=[], metavar="N,..", help=text)
     parser.add_argument(
         "-d", "--depth", type=_counts, default=[0], metavar="N,..", help="random positions before them (0)"
     )
@@ -725,11 +763,15 @@ def _plan(args: argparse.Namespace, ordinal: int | None) -> Plan:
         args.repetitions,
         sorted({count for count in args.rows if count}),
         end_to_end,
+        sorted({count for count in args.batch if count}),
     )
-    if not (plan.prompts or plan.generations or plan.rows or plan.end_to_end):
+    if not (plan.prompts or plan.generations or plan.rows or plan.end_to_end or plan.batch):
         raise ValueError("nothing to measure: expected tokens from -p or -n, found none")
-    if max(plan.rows, default=1) > MAX_ROWS:
-        raise ValueError(f"--rows: a pass has 1 to {MAX_ROWS} rows, found {plan.rows[-1]}")
+    for option, counts in (("--rows", plan.rows), ("--batch", plan.batch)):
+        if max(counts, default=1) > MAX_ROWS:
+            raise ValueError(f"{option}: a pass has 1 to {MAX_ROWS} rows, found {counts[-1]}")
+    if plan.batch and not on_gpu:
+        raise ValueError("--batch: a GPU expected, found the CPU, which runs its slots one after the other")
     if end_to_end < 0 or end_to_end == 1:
         raise ValueError(f"--end-to-end: expected 2 tokens or more, or 0 for none, found {end_to_end}")
     return plan

@@ -37,6 +37,7 @@ class Candidates:
     complete: bool  # ids holds all others
     total: float  # sum over all others of exp((logit - logits[0]) * inverse_temperature); 0 if there are none
     fetch: Callable[[], np.ndarray]  # all logits, float32 [vocab_size]; only until the decoder's next pass
+    finite: bool = True  # if not, a logit is NaN or infinite and the rest counts for nothing
 
 
 def largest(values: np.ndarray, k: int) -> np.ndarray:

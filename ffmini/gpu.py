@@ -6,8 +6,8 @@ CuPy is imported on first use, so this module can be imported anywhere.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import ModuleType, TracebackType
@@ -34,9 +34,10 @@ from .kernel import (
     mail,
     max_rows,
 )
+from .layout import KEY_ROTATION, VALUE_ROTATION, in_order
 from .memory import available_memory
 from .packing import PackedModel, vectors_length
-from .passes import check_pass
+from .passes import Work, check_pass, check_slot, check_works
 from .results import HostMemory, check_query
 from .rope import rope_tables
 
@@ -49,6 +50,7 @@ PACKET_BYTES = 16
 MEMORY_CLOCK_RATE, GLOBAL_MEMORY_BUS_WIDTH = 36, 37  # CUDA's numbers of device attributes
 SPIN_SECONDS = 10.0
 AWAITED_TOKEN = np.array([AWAITED])
+NO_IDS = np.zeros(0, np.int32)
 TOKEN_SECONDS = 0.02  # a pass that was launched ahead waits so long for its token; its blocks can wait longer
 ROW_NUMBERS = np.arange(MAX_ROWS, dtype=np.int32)
 NOT_READY = 600  # cudaErrorNotReady
@@ -180,27 +182,48 @@ class _OnDevice:
             ) from error
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Listing:
-    """A pass whose last row leaves candidates."""
+    """A pass whose rows leave candidates; if it waits for its token, the one row of `work`."""
 
     number: int
-    row: int
-    position: int  # of its first row
+    work: Work
     inverse_temperature: float
+
+
+@dataclass
+class _Asked:
+    """One of a pass's rows that leave candidates."""
+
+    row: int
+    ids: np.ndarray  # queried, int32 [n]
+    inverse_temperature: float
+    append: bool  # the row's token is the last of the ids, and the device does not have it yet
 
 
 @dataclass
 class _Begun:
     """What begin() was asked for; see there."""
 
-    tokens: np.ndarray  # of the last pass, [rows]
-    start: int
-    ids: np.ndarray  # queried, int32 [n]
-    inverse_temperature: float
-    append: bool  # the last token is the last of the ids, and the device does not have it yet
+    works: Sequence[Work]
+    last: Sequence[Work]  # what the last pass does for them
+    asked: list[_Asked]
     ahead: bool
     listing: _Listing | None = None  # the last pass
+
+
+class _List:
+    """One of the device's lists of queried ids."""
+
+    def __init__(self) -> None:
+        self.query: Query | None = None  # the last one, and
+        self.ids = self.held = NO_IDS  # its ids, checked, and those that the device has
+
+    def checked(self, query: Query, vocab_size: int) -> np.ndarray:
+        """The query's ids, which are checked once; see check_query."""
+        if query is not self.query:
+            self.ids, self.query = check_query(query, vocab_size), query
+        return self.ids
 
 
 def read_global(cupy: ModuleType, module: object, name: str, dtype: np.dtype) -> np.ndarray:
@@ -238,6 +261,7 @@ class GPUDecoder:
         max_seq_len: int,
         ordinal: int = 0,
         *,
+        num_slots: int = 1,
         blocks: int | None = None,
         rows: tuple[int, ...] | None = None,
         bulk_copies: bool | None = None,
@@ -246,7 +270,9 @@ class GPUDecoder:
         stage_times: bool = False,
         progress: bool = True,
     ) -> None:
-        """`blocks` (default: one per multiprocessor), `rows` (default: 1 and as many as fit), `bulk_copies`
+        """`num_slots` sequences of up to `max_seq_len` tokens have their KV cache side by side.
+
+        `blocks` (default: one per multiprocessor), `rows` (default: 1 and as many as fit), `bulk_copies`
         (default: if the device has them), `in_flight` (default: copies_in_flight) and the rest are for tests
         and measurements."""
         reason = why_unusable(ordinal)
@@ -255,6 +281,7 @@ class GPUDecoder:
         self._cupy = cupy = import_cupy()
         self.config = packed.config
         self.max_seq_len = max_seq_len
+        self.num_slots = num_slots
         self.device = f"cuda:{ordinal}"
         self._ordinal = ordinal
         self._stage_times = stage_times
@@ -263,9 +290,7 @@ class GPUDecoder:
         self._begun: _Begun | None = None  # what candidates() is to say
         self._waiting: _Listing | None = None  # the last pass, if its token was not known at the launch
         self._listed = 0  # the pass whose logits its candidates may fetch
-        self._queried_ids = np.zeros(0, np.int32)  # as the device has them
-        self._query: Query | None = None  # the last one, and
-        self._query_ids = self._queried_ids  # its ids, checked
+        self._lists = [_List() for _ in range(MAX_ROWS)]  # of queried ids; see queried_list() in cuda/
         self._closed = False
         properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
         multiprocessors = properties["multiProcessorCount"]
@@ -299,14 +324,15 @@ class GPUDecoder:
                 )
                 for r in rows or sorted({1, max_rows(packed.config, packed.layouts, shared_limit, blocks)})
             }
+            self.max_rows = max(self._builds)
             self._check_memory(packed)
             self._upload(packed, progress)
 
     def _check_memory(self, packed: PackedModel) -> None:
         weights = packed.nbytes
-        cache = kv_cache_bytes(self.config, self.max_seq_len)
+        cache = kv_cache_bytes(self.config, self.num_slots * self.max_seq_len)
         scratch = sum(build.exchange_bytes for build in self._builds.values())
-        scratch += 4 * self.config.vocab_size * max(self._builds)
+        scratch += 4 * self.config.vocab_size * self.max_rows
         free = free_memory(self._ordinal)
         if weights + cache + scratch > free:
             raise MemoryBudgetError(
@@ -330,17 +356,17 @@ class GPUDecoder:
         self._embed = None if packed.embed_tokens is None else cupy.asarray(packed.embed_tokens)
         self._norm = cupy.asarray(packed.norm)
         self._rope = tuple(cupy.asarray(table) for table in rope_tables(config, self.max_seq_len))
-        shape = (config.num_layers, 1, config.num_kv_heads, self.max_seq_len, config.head_dim)
+        shape = (config.num_layers, self.num_slots, config.num_kv_heads, self.max_seq_len, config.head_dim)
         # Zeros: tiles of positions are fetched whole, those without a token masked out afterwards.
         self.key_cache = cupy.zeros(shape, dtype=cupy.uint16)
         self.value_cache = cupy.zeros(shape, dtype=cupy.uint16)
-        self._logits = cupy.empty((max(self._builds), config.vocab_size), dtype=cupy.float32)
+        self._logits = cupy.empty((self.max_rows, config.vocab_size), dtype=cupy.float32)
         self._gave_up = cupy.zeros(1, dtype=cupy.uint32)
-        self._device_ids = cupy.zeros(MAX_QUERIED, dtype=cupy.int32)
+        self._device_ids = cupy.zeros((MAX_ROWS, MAX_QUERIED), dtype=cupy.int32)
         build = next(iter(self._builds.values()))
-        memory = pinned_array(cupy, (HostMemory.nbytes(max(self._builds)),), np.uint8)
+        memory = pinned_array(cupy, (HostMemory.nbytes(self.max_rows),), np.uint8)
         memory[...] = 0
-        self._host = HostMemory(memory, max(self._builds))
+        self._host = HostMemory(memory, self.max_rows)
         self._fetched = pinned_array(cupy, (config.vocab_size,), np.float32)
         self._copies = cupy.cuda.Stream(non_blocking=True)  # does not wait for passes
         # Of a pass and the one that waits behind it, by the last bit of the number: when it has ended.
@@ -376,7 +402,7 @@ class GPUDecoder:
         args["status"], args["mailbox"] = self._host.status.ctypes.data, self._host.mailbox.ctypes.data
         args["spin_limit_ns"] = int(float(os.environ.get("FFMINI_SPIN_SECONDS", SPIN_SECONDS)) * 1e9)
         args["token_limit_ns"] = min(int(TOKEN_SECONDS * 1e9), int(args["spin_limit_ns"]) // 2)
-        args["num_slots"] = 1
+        args["num_slots"] = self.num_slots
         return args
 
     def _set_args(self, args: np.ndarray) -> None:
@@ -384,49 +410,63 @@ class GPUDecoder:
         self._args = args
         self._fields = {name: args[name] for name in PASS_ARGS.names}
         self._row_tokens, self._row_positions = args["rows"]["token"], args["rows"]["position"]
+        self._row_slots = args["rows"]["slot"]
         self._kernel_params = np.array([args.ctypes.data], np.uint64)  # of pointers to each argument
 
-    def forward(self, tokens: np.ndarray, start: int, logits: str = "last") -> np.ndarray:
+    def forward(self, tokens: np.ndarray, start: int, logits: str = "last", slot: int = 0) -> np.ndarray:
         """Run tokens [R] at positions start .. start + R - 1, in passes of as many rows as the builds take.
 
         `logits`: "last" gives float32 [1, vocab_size], "all" [R, vocab_size], "none" [0, vocab_size].
         GenerationError if a logit is not finite or a wait on the device gave up.
         """
         tokens = np.asarray(tokens)
-        self._check_pass(tokens, start, logits)
+        self._check_open()
+        check_pass(tokens, start, logits, self.max_seq_len, self.config.vocab_size)
+        check_slot(slot, self.num_slots)
         pieces = [np.zeros((0, self.config.vocab_size), dtype=np.float32)]
         at = 0
         while at < len(tokens):
-            rows = min((r for r in self._builds if r >= len(tokens) - at), default=max(self._builds))
-            piece = tokens[at : at + rows]
+            piece = tokens[at : at + self.max_rows]
             wanted = (1 << len(piece)) - 1 if logits == "all" else 0
             if logits == "last" and at + len(piece) == len(tokens):
                 wanted = 1 << (len(piece) - 1)
-            self.launch(rows, piece, start + at, wanted)
+            self.launch(self._rows_for(len(piece)), piece, start + at, wanted, slot)
             pieces.append(self.finish(wanted))
             at += len(piece)
         return np.concatenate(pieces)
 
-    def _check_pass(self, tokens: np.ndarray, start: int, logits: str) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the decoder is closed")
-        check_pass(tokens, start, logits, self.max_seq_len, self.config.vocab_size)
 
-    def launch(self, rows: int, tokens: np.ndarray, start: int, wanted: int) -> None:
+    def _rows_for(self, count: int) -> int:
+        """The smallest build that takes so many rows."""
+        return min(r for r in self._builds if r >= count)
+
+    def launch(self, rows: int, tokens: np.ndarray, start: int, wanted: int, slot: int = 0) -> None:
         """Queue one pass of the build for `rows` rows, without waiting for it; see PassArgs for `wanted`."""
+        self.launch_works(rows, (Work(slot, tokens, start, ()),), wanted)
+
+    def launch_works(self, rows: int, works: Sequence[Work], wanted: int) -> None:
+        """Queue one pass of all rows of `works`, as launch() does; their queries are not asked."""
         self.settle()
         self._listed = 0
         self._args["candidates"] = 0
-        self._launch(self._next_pass(), rows, tokens, start, wanted)
+        self._launch(self._next_pass(), rows, works, wanted)
 
-    def _launch(self, number: int, rows: int, tokens: np.ndarray, start: int, wanted: int) -> None:
-        build, fields, count = self._builds[rows], self._fields, len(tokens)
+    def _launch(self, number: int, rows: int, works: Sequence[Work], wanted: int) -> None:
+        build, fields, at = self._builds[rows], self._fields, 0
+        for work in works:
+            count = len(work.tokens)
+            end = at + count
+            self._row_tokens[at:end] = work.tokens
+            np.add(ROW_NUMBERS[:count], work.start, out=self._row_positions[at:end])
+            self._row_slots[at:end] = work.slot
+            at = end
         fields["pass"][...] = number
         fields["exchange"][...] = build.exchange.data.ptr
-        fields["num_rows"][...] = count
+        fields["num_rows"][...] = at
         fields["logits_rows"][...] = wanted
-        self._row_tokens[:count] = tokens
-        np.add(ROW_NUMBERS[:count], start, out=self._row_positions[:count])
         self._submit(build)
 
     def _submit(self, build: _Build) -> None:
@@ -472,83 +512,147 @@ class GPUDecoder:
             rows = [row for row in range(wanted.bit_length()) if wanted >> row & 1]
             return self._logits[rows[0] : rows[-1] + 1].get() if rows else self._logits[:0].get()
 
-    def begin(self, tokens: np.ndarray, start: int, query: Query, ahead: bool = False) -> None:
-        """Start tokens [R] at positions start .. start + R - 1; candidates() says what the last one's say.
+    def begin(self, works: Sequence[Work], ahead: bool = False) -> None:
+        """Start the passes of `works`, of distinct slots; candidates() says what the queried rows say.
 
-        With `ahead` the next pass is launched too, so that it has begun when its token comes: a call with
-        that one token, the next position and the same query, to which the token may be added as the last id.
-        Any other call, and settle(), make it leave. Errors are those of forward().
+        Rows without queries that have no room beside the queried ones go in passes before. With `ahead`, for
+        one work of one query, the next pass is launched too, so that it has begun when its token comes: a
+        call with that one token, the next position and the same query, to which the token may be added as
+        the last id. Any other call, and settle(), make it leave. Errors are those of forward().
         """
-        tokens = np.asarray(tokens)
-        self._check_pass(tokens, start, "last")
-        if query is not self._query:
-            self._query, self._query_ids = query, check_query(query, self.config.vocab_size)
-        ids, first = self._query_ids, 0
-        if len(tokens) > 1:
-            first = (len(tokens) - 1) // max(self._builds) * max(self._builds)
-            if first:
-                self.forward(tokens[:first], start, "none")
+        self._check_open()
+        limits = self.num_slots, self.max_rows, self.max_seq_len, self.config.vocab_size
+        rows, queried = check_works(works, ahead, *limits)
+        last = works
+        if rows > self.max_rows or queried == 0:
+            before, last = self._split(works, queried)
+            self._run_unqueried(before)
         if self._checked < self._pass - (self._waiting is not None):
             self.finish()  # passes that nobody asked about
         self._listed = 0
         try:
             self._reserve_passes(4)  # a pass and one ahead of it, both perhaps twice
-            append = self._queue_ids(ids, int(tokens[-1]))
-            self._begun = _Begun(tokens[first:], start + first, ids, query.inverse_temperature, append, ahead)
-            self._start(self._begun)
+            self._begun = begun = _Begun(works, last, self._queue_queries(last), ahead)
+            if last:
+                self._start(begun)
         except BaseException:
             self._abandon()
             raise
 
-    def candidates(self) -> Candidates:
-        """What the passes of begin() say, once they have ended. Errors are those of forward()."""
+    def _split(self, works: Sequence[Work], queried: int) -> tuple[list[Work], list[Work]]:
+        """What of `works` goes in passes before the last one, and what in that, which has the `queried` rows.
+
+        There is no last one without any. Of the others it takes what would not fill a pass of its own.
+        """
+        before: list[Work] = []
+        last: list[Work] = []
+        room = self.max_rows - queried if queried else 0
+        for work in works:
+            others = len(work.tokens) - len(work.queries)
+            rest = others % self.max_rows
+            rest = rest if rest <= room else 0
+            room -= rest
+            cut = others - rest
+            if cut:
+                before.append(Work(work.slot, work.tokens[:cut], work.start, ()))
+            if cut < len(work.tokens):
+                last.append(Work(work.slot, work.tokens[cut:], work.start + cut, work.queries))
+        return before, last
+
+    def _run_unqueried(self, works: Sequence[Work]) -> None:
+        """All rows of `works`, in passes of as many as the largest build takes."""
+        for part in self._packed(works):
+            self.launch_works(self._rows_for(sum(len(work.tokens) for work in part)), part, 0)
+        self.finish()
+
+    def _packed(self, works: Sequence[Work]) -> Iterator[list[Work]]:
+        part: list[Work] = []
+        room = self.max_rows
+        for work in works:
+            at = 0
+            while at < len(work.tokens):
+                tokens = work.tokens[at : at + room]
+                part.append(Work(work.slot, tokens, work.start + at, ()))
+                at += len(tokens)
+                room -= len(tokens)
+                if room == 0:
+                    yield part
+                    part, room = [], self.max_rows
+        if part:
+            yield part
+
+    def candidates(self) -> list[list[Candidates]]:
+        """What the passes of begin() say of each work's queries, once they have ended; errors as forward()'s.
+
+        Logits that are not finite are an error of their own row, which says so.
+        """
         begun, self._begun = self._begun, None
-        if begun is None or begun.listing is None:
+        if begun is None:
             raise ValueError("candidates of passes that begin() started expected, none was started")
-        count = len(begun.ids)
+        if begun.listing is None:
+            return [[] for _ in begun.works]
         try:
-            while not self._await_results(begun.listing, count):
+            while not self._await_results(begun):
                 self._release_waiting()
                 self._start(begun)
-            listing = begun.listing
-            found = self._host.rows[listing.row].assemble(count, lambda: self._fetch(listing))
+            listing, asked = begun.listing, iter(begun.asked)
+            found = [[self._assemble(listing, next(asked)) for _ in work.queries] for work in begun.works]
             self._checked = listing.number
-            if not (math.isfinite(found.total) and (count == 0 or np.isfinite(found.queried).all())):
-                raise GenerationError(NON_FINITE)
         except BaseException:
             self._abandon()
             raise
         self._listed = listing.number
         return found
 
+    def _assemble(self, listing: _Listing, asked: _Asked) -> Candidates:
+        row = asked.row
+        return self._host.rows[row].assemble(len(asked.ids), lambda: self._fetch(listing, row))
+
     def _abandon(self) -> None:
         """After an error: nothing waits, and the ids that the device holds are not trusted."""
         self._release_waiting()
         self._begun = None
-        self._queried_ids = np.zeros(0, np.int32)  # the last id may have come or not
+        self._forget_ids()
+
+    def _forget_ids(self) -> None:
+        """The last id of a list may have come or not."""
+        for queried in self._lists:
+            queried.held = NO_IDS
 
     def _start(self, begun: _Begun) -> None:
         """Give the last rows to the pass that waits for them, or launch one; and the next one ahead."""
-        tokens, ids, end = begun.tokens, begun.ids, begun.start + len(begun.tokens)
-        begun.listing = self._deliver(begun)
-        if begun.listing is None:
-            known = len(ids) - begun.append
-            begun.listing = self._list(tokens, begun.start, known, begun.inverse_temperature, begun.append)
-        self._queried_ids = ids
-        if begun.ahead and end < self.max_seq_len:
-            self._waiting = self._list(AWAITED_TOKEN, end, len(ids), begun.inverse_temperature, False)
+        begun.listing = self._deliver(begun) or self._list(begun.last, begun.asked)
+        if begun.ahead:
+            (work,), (asked,) = begun.last, begun.asked
+            end = work.start + len(work.tokens)
+            if end < self.max_seq_len:
+                next_work = Work(work.slot, AWAITED_TOKEN, end, ())
+                next_asked = _Asked(0, asked.ids, asked.inverse_temperature, False)
+                self._waiting = self._list((next_work,), (next_asked,))
 
-    def _queue_ids(self, ids: np.ndarray, token: int) -> bool:
-        """See that the device has the queried `ids`; True if the pass must append its last token to them."""
-        known = self._queried_ids
-        if ids is known or np.array_equal(ids, known):
+    def _queue_queries(self, works: Sequence[Work]) -> list[_Asked]:
+        """The rows of `works` that are queried; the device gets the ids that it lacks."""
+        asked: list[_Asked] = []
+        end = 0
+        for work in works:
+            end += len(work.tokens)
+            for i, query in enumerate(work.queries, -len(work.queries)):
+                ids = self._lists[len(asked)].checked(query, self.config.vocab_size)
+                append = self._queue_ids(len(asked), ids, int(work.tokens[i]))
+                asked.append(_Asked(end + i, ids, query.inverse_temperature, append))
+        return asked
+
+    def _queue_ids(self, place: int, ids: np.ndarray, token: int) -> bool:
+        """See that the device has the `ids` in that list; True if the pass must append its row's token."""
+        queried = self._lists[place]
+        held, queried.held = queried.held, ids
+        if ids is held or np.array_equal(ids, held):
             return False
-        if len(ids) and ids[-1] == token and np.array_equal(ids[:-1], known):
+        if len(ids) and ids[-1] == token and np.array_equal(ids[:-1], held):
             return True
         self._release_waiting()
         with self._on_device():
-            self._device_ids[: len(ids)].set(ids)
-        self._queried_ids = ids
+            self._device_ids[place, : len(ids)].set(ids)
         return False
 
     def _deliver(self, begun: _Begun) -> _Listing | None:
@@ -556,34 +660,41 @@ class GPUDecoder:
         waiting = self._waiting
         if waiting is None:
             return None
-        fits = len(begun.tokens) == 1 and waiting.position == begun.start
-        fits = fits and waiting.inverse_temperature == begun.inverse_temperature
+        work, asked = begun.last[0], begun.asked[0]
+        fits = len(begun.last) == len(work.tokens) == 1 and waiting.work.start == work.start
+        fits = fits and waiting.work.slot == work.slot
+        fits = fits and waiting.inverse_temperature == asked.inverse_temperature
         if not fits or self._host.no_token == waiting.number:
             self._release_waiting()
             return None
-        self._host.mailbox[0] = mail(waiting.number, int(begun.tokens[0]), begun.append)
+        self._host.mailbox[0] = mail(waiting.number, int(work.tokens[0]), asked.append)
         self._waiting = None
         return waiting
 
-    def _list(
-        self, tokens: np.ndarray, start: int, num_queried: int, inverse_temperature: float, append: bool
-    ) -> _Listing:
-        """Launch a pass whose last row leaves candidates."""
-        fields, row = self._fields, len(tokens) - 1
-        listing = _Listing(self._next_pass(), row, start, inverse_temperature)
+    def _list(self, works: Sequence[Work], asked: Sequence[_Asked]) -> _Listing:
+        """Launch a pass whose rows leave the candidates that are asked for."""
+        fields, wanted, append = self._fields, 0, 0
+        listing = _Listing(self._next_pass(), works[0], asked[0].inverse_temperature)
+        for one in asked:
+            wanted |= 1 << one.row
+            append |= one.append << one.row
+            fields["num_queried"][one.row] = len(one.ids) - one.append
+            fields["inverse_temperature"][one.row] = one.inverse_temperature
         fields["candidates"][...] = self._host.results.ctypes.data
-        fields["num_queried"][...] = num_queried
         fields["append"][...] = append
-        fields["inverse_temperature"][row] = inverse_temperature
-        rows = min(r for r in self._builds if r >= len(tokens))
-        self._launch(listing.number, rows, tokens, start, 1 << row)
+        count = sum(len(work.tokens) for work in works)
+        self._launch(listing.number, self._rows_for(count), works, wanted)
         with self._on_device():
             self._ends[listing.number % 2].record()
         return listing
 
-    def _await_results(self, listing: _Listing, num_queried: int) -> bool:
-        """Wait for all that the pass says; False if it ended for want of its token."""
-        results = self._host.rows[listing.row]
+    def _await_results(self, begun: _Begun) -> bool:
+        """Wait for all that the last pass says; False if it ended for want of its token."""
+        return all(self._await_row(begun.listing, asked.row, len(asked.ids)) for asked in begun.asked)
+
+    def _await_row(self, listing: _Listing, row: int, num_queried: int) -> bool:
+        """The same of one row."""
+        results = self._host.rows[row]
         began = look = perf_counter()
         ended = False
         while True:
@@ -610,12 +721,12 @@ class GPUDecoder:
                 raise runtime.CUDARuntimeError(state)
         return state == 0
 
-    def _fetch(self, listing: _Listing) -> np.ndarray:
-        """The logits of the row, float32 [vocab_size]."""
+    def _fetch(self, listing: _Listing, row: int) -> np.ndarray:
+        """The row's logits, float32 [vocab_size]."""
         if self._closed or self._listed != listing.number:
             raise ValueError("logits of the decoder's last pass expected, those of an earlier one asked for")
         runtime = self._cupy.cuda.runtime
-        source, target = self._logits[listing.row], self._fetched
+        source, target = self._logits[row], self._fetched
         with self._on_device():
             self._ends[listing.number % 2].synchronize()
             runtime.memcpyAsync(
@@ -633,6 +744,7 @@ class GPUDecoder:
         self._release_waiting()
         if self._begun is not None:
             self._begun = None
+            self._forget_ids()
             with self._on_device():
                 self._cupy.cuda.get_current_stream().synchronize()
             self._checked = self._pass
@@ -666,6 +778,54 @@ class GPUDecoder:
                 f"{STAGE_NAMES[stage]}, block {status['block']}"
             )
 
+    def read_cache(self, slot: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """K and V of a slot's first `count` positions, once the queued passes have ended.
+
+        Both are bf16 bits, uint16 [num_layers, num_kv_heads, count, head_dim], elements in their order.
+        """
+        self._check_cache(slot, count)
+        with self._on_device():
+            keys, values = self.key_cache[:, slot], self.value_cache[:, slot]
+            return self._read(keys, count, KEY_ROTATION), self._read(values, count, VALUE_ROTATION)
+
+    def write_cache(self, slot: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Make `keys` and `values`, as read_cache() gives them, those of the slot's first positions."""
+        config, count = self.config, keys.shape[-2]
+        self._check_cache(slot, count)
+        expected = config.num_layers, config.num_kv_heads, count, config.head_dim
+        for vectors in (keys, values):
+            if vectors.shape != expected or vectors.dtype != np.uint16:
+                raise ValueError(f"uint16 {expected} expected, found {vectors.dtype} {vectors.shape}")
+        with self._on_device():
+            self._write(self.key_cache[:, slot], keys, KEY_ROTATION)
+            self._write(self.value_cache[:, slot], values, VALUE_ROTATION)
+
+    def _check_cache(self, slot: int, count: int) -> None:
+        """What read_cache() and write_cache() demand; no pass is queued when it returns."""
+        self._check_open()
+        check_slot(slot, self.num_slots)
+        if not 0 <= count <= self.max_seq_len:
+            raise ValueError(f"{count} positions asked for, a slot has {self.max_seq_len}")
+        self.finish()
+
+    def _read(self, cache: np.ndarray, count: int, rotation: int) -> np.ndarray:
+        """The first positions of a slot's `cache` [num_layers, num_kv_heads, max_seq_len, head_dim].
+
+        By plain copies: CuPy would compile a kernel for a part that is not contiguous.
+        """
+        layers, heads, _, head_dim = cache.shape
+        found = np.empty((layers, heads, count, head_dim), np.uint16)
+        for layer in range(layers):
+            bits = np.stack([cache[layer, head, :count].get() for head in range(heads)])
+            found[layer] = in_order(bits, rotation)
+        return found
+
+    def _write(self, cache: np.ndarray, vectors: np.ndarray, rotation: int) -> None:
+        """The reverse of _read()."""
+        for layer, plain in enumerate(vectors):
+            for head, bits in enumerate(in_order(plain, -rotation)):
+                cache[layer, head, : len(bits)].set(np.ascontiguousarray(bits))
+
     def close(self) -> None:
         """Free all memory of this decoder on the device and pinned for it; a second call does nothing."""
         if self._closed:
@@ -677,7 +837,7 @@ class GPUDecoder:
         for name in ("_layers", "_vectors", "_lm_head", "_embed", "_norm", "_rope", "_logits", "_device_ids"):
             setattr(self, name, None)
         self._gave_up = self.stage_times = self.key_cache = self.value_cache = None
-        self._args = self._fields = self._row_tokens = self._row_positions = None
+        self._args = self._fields = self._row_tokens = self._row_positions = self._row_slots = None
         self._host = self._fetched = None
         self._builds.clear()
         self._pool.free_all_blocks()

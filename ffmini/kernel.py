@@ -76,8 +76,8 @@ PASS_ARGS = np.dtype(
         ("num_slots", "<i4"),
         ("num_rows", "<i4"),
         ("logits_rows", "<u4"),
-        ("num_queried", "<i4"),
         ("append", "<u4"),
+        ("num_queried", "<i4", (MAX_ROWS,)),
         ("inverse_temperature", "<f4", (MAX_ROWS,)),
         ("rows", ROW, (MAX_ROWS,)),
     ],
@@ -139,7 +139,7 @@ def _shared_bytes(
     """An upper bound of what a block needs for `rows` rows of up to `widest` activations and the ring."""
     ring_slot = WARPS * max(2048, *(layout.slot_bytes for layout in layouts.values()))
     tiles, head_dim = layouts["o_proj"].tiles, ceil_div(config.head_dim, 32) * 32
-    marks = 2 * ceil_div(layouts["lm_head"].tiles, blocks)
+    marks = rows * (2 * ceil_div(layouts["lm_head"].tiles, blocks) + 4)
     heads = min(8, config.num_heads // config.num_kv_heads)
     segments = ceil_div(widest, SEGMENT)
     groups = ceil_div(widest, layouts["down_proj"].group_size)

@@ -1,4 +1,5 @@
 """Where each weight lies in the packed form: the one truth that packing, the CPU path and the kernel share.
+At the end: where elements lie in the kernel's KV cache.
 
 A matrix [rows, cols] is cut into tiles of 16 rows. A tile is a run of slots in ascending k; a slot is
 what one warp fetches at a time: up to four lines of 512 bytes, 16 for each of 32 lanes, then the scales of
@@ -22,6 +23,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 TILE_ROWS = 16
 SEGMENT = 256  # the canonical order of sums: each run of 256 k starts from zero (README, Numbers)
 LINE_BYTES = 512
@@ -30,6 +33,7 @@ K_ALIGN = 64
 FORMATS = ("bf16", "int8", "int4")
 LINE_K = {"bf16": 16, "int8": 32, "int4": 64}
 SCALE_BYTES = {"bf16": 0, "int8": 2, "int4": 4}  # for one row of one group
+KEY_ROTATION, VALUE_ROTATION = 4, 1  # pieces per position, see in_order()
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -96,3 +100,15 @@ class MatrixLayout:
         if self.format == "bf16":
             return lines
         return lines + ceil_div(k, self.group_size) * TILE_ROWS * SCALE_BYTES[self.format]
+
+
+def in_order(bits: np.ndarray, rotation: int, first: int = 0) -> np.ndarray:
+    """The kernel's keys or values [..., positions, head_dim] with every vector's elements in their order.
+
+    In its cache pieces of eight are rotated by `rotation` times the position (cuda/items.cuh);
+    bits[..., 0, :] is at `first`. A negative rotation takes elements in their order back to the cache's.
+    """
+    positions, head_dim = bits.shape[-2:]
+    pieces = np.arange(head_dim // 8) + rotation * np.arange(first, first + positions)[:, None]
+    split = bits.reshape(*bits.shape[:-1], head_dim // 8, 8)
+    return split[..., np.arange(positions)[:, None], pieces % (head_dim // 8), :].reshape(bits.shape)

@@ -1,8 +1,23 @@
-"""What every decoder's forward() demands of its arguments."""
+"""What a decoder is asked for, and what every one demands of its arguments."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+
+from .candidates import Query
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one sequence adds to a pass: tokens at consecutive positions of its slot."""
+
+    slot: int
+    tokens: np.ndarray  # integers [n], n > 0
+    start: int  # the position of the first
+    queries: tuple[Query, ...]  # what is asked of the last rows' logits, one each; none: only K and V count
 
 
 def check_pass(tokens: np.ndarray, start: int, logits: str, max_seq_len: int, vocab_size: int) -> None:
@@ -20,3 +35,35 @@ def check_pass(tokens: np.ndarray, start: int, logits: str, max_seq_len: int, vo
     ids = tokens.tolist()  # faster than NumPy for the one token of most passes
     if min(ids) < 0 or max(ids) >= vocab_size:
         raise ValueError(f"token ids must be in [0, {vocab_size}), found {tokens}")
+
+
+def check_slot(slot: int, num_slots: int) -> None:
+    """Raise ValueError unless there is a slot of that number."""
+    if not 0 <= slot < num_slots:
+        raise ValueError(f"slot {slot} asked for, 0 to {num_slots - 1} exist")
+
+
+def check_works(
+    works: Sequence[Work], ahead: bool, num_slots: int, max_rows: int, max_seq_len: int, vocab_size: int
+) -> tuple[int, int]:
+    """How many rows `works` have, and how many of them are queried.
+
+    ValueError unless begin() can take them: of distinct slots, at most `max_rows` queries; `ahead` goes with
+    a single work of one query.
+    """
+    rows = asked = 0
+    for work in works:
+        check_pass(work.tokens, work.start, "last", max_seq_len, vocab_size)
+        check_slot(work.slot, num_slots)
+        count, queries = len(work.tokens), len(work.queries)
+        if queries > count:
+            raise ValueError(f"{queries} rows queried, there are {count}")
+        rows += count
+        asked += queries
+    if len(works) > 1 and len({work.slot for work in works}) < len(works):
+        raise ValueError(f"works of distinct slots expected, found {[work.slot for work in works]}")
+    if asked > max_rows:
+        raise ValueError(f"at most {max_rows} rows can be queried together, found {asked}")
+    if ahead and (len(works) != 1 or asked != 1):
+        raise ValueError(f"a pass ahead of one query expected, found {len(works)} works of {asked} queries")
+    return rows, asked

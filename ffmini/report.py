@@ -20,7 +20,7 @@ class Record:
     shape: str
     dtype: str
     engine: str  # ENGINE, or what else ran the shape
-    test: str  # pp<tokens>, tg<tokens>, rows<rows of a pass>, e2e<tokens>
+    test: str  # pp<tokens>, tg<tokens>, rows<rows of a pass>, batch<sequences>, e2e<tokens>
     depth: int  # positions in the cache before the test
     rows: int | None  # of a pass
     tokens_per_s: float

@@ -5,6 +5,7 @@ The other end of cuda/candidates.cuh. Whoever owns the memory decides how it is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -39,13 +40,15 @@ class RowResults:
         """What the packets say, once they are there. NaN stays NaN."""
         split = 1 + num_queried
         end = split + self._header[0]
+        queried, total = self._values[1:split].copy(), float(self._values[0])
         return Candidates(
-            queried=self._values[1:split].copy(),
+            queried=queried,
             ids=self._ids[split:end].astype(np.int64),
             logits=self._values[split:end].copy(),
             complete=self._header[1] != 0,
-            total=float(self._values[0]),
+            total=total,
             fetch=fetch,
+            finite=math.isfinite(total) and np.count_nonzero(np.isfinite(queried)) == num_queried,
         )
 
 

@@ -8,8 +8,9 @@ from ffmini.candidates import Candidates, Query
 from ffmini.cpu import CPUDecoder
 from ffmini.gpu import GPUDecoder
 from ffmini.kernel import LISTED
-from ffmini.layout import TILE_ROWS, ceil_div
+from ffmini.layout import KEY_ROTATION, TILE_ROWS, VALUE_ROTATION, ceil_div, in_order
 from ffmini.numerics import from_bf16
+from ffmini.passes import Work
 
 # Per stage, fed with the same input, norm over norm. A bf16 rounding of a normed input may fall to the other
 # side when the sum of squares is added in another order: FLIP is what one such element is worth.
@@ -24,20 +25,6 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-KEY_ROTATION, VALUE_ROTATION = 4, 1  # as in cuda/items.cuh
-
-
-def plain(bits: np.ndarray, rotation: int, first: int = 0) -> np.ndarray:
-    """A kernel's keys or values [..., positions, head_dim] with every vector's elements in their order.
-
-    In the cache pieces of eight are rotated by the position (cuda/items.cuh); bits[..., 0, :] is at `first`.
-    """
-    positions, head_dim = bits.shape[-2:]
-    pieces = np.arange(head_dim // 8) + rotation * np.arange(first, first + positions)[:, None]
-    split = bits.reshape(*bits.shape[:-1], head_dim // 8, 8)
-    return split[..., np.arange(positions)[:, None], pieces % (head_dim // 8), :].reshape(bits.shape)
-
-
 def share_cache(oracle: CPUDecoder, key_cache: np.ndarray, value_cache: np.ndarray, start: int) -> None:
     """Give the oracle a kernel's keys and values below position `start`.
 
@@ -47,7 +34,7 @@ def share_cache(oracle: CPUDecoder, key_cache: np.ndarray, value_cache: np.ndarr
         (oracle.key_cache, key_cache, KEY_ROTATION),
         (oracle.value_cache, value_cache, VALUE_ROTATION),
     ):
-        target[:, :, :start] = from_bf16(plain(bits[:, :, :start], rotation))
+        target[:, :, :start] = from_bf16(in_order(bits[:, :, :start], rotation))
         target[:, :, start:] = 1e30  # finite, and seen if anything reads it before it is written
 
 
@@ -95,8 +82,8 @@ def ask(
     decoder: CPUDecoder | GPUDecoder, tokens: np.ndarray, start: int, asked: Query, ahead: bool = False
 ) -> Candidates:
     """What the decoder says of `tokens` [R] at positions start .. start + R - 1."""
-    decoder.begin(tokens, start, asked, ahead)
-    return decoder.candidates()
+    decoder.begin([Work(0, tokens, start, (asked,))], ahead)
+    return decoder.candidates()[0][0]
 
 
 def check_logits(packed_error: float, own_error: float) -> None:

@@ -305,6 +305,42 @@ def test_a_gpus_passes_are_queued():
     assert launched == [(3, [0, 1, 2], 7, 0b111), (3, [3, 4, 5], 8, 0b111)] and calls[-1] == "finish"
 
 
+def test_a_batch_is_queued():
+    """launch_works(rows, a token in each slot, a bit per row of logits); K and V are those of all slots."""
+    calls: list[Any] = []
+    decoder = SimpleNamespace(
+        launch_works=lambda *args: calls.append(args),
+        finish=lambda: calls.append("finish"),
+        config=config_of(TINY),
+    )
+    packed = skeleton(config_of(TINY), "bf16")
+    plan = Plan([], [2], [7], 1, batch=[3])
+    given = {
+        "shape",
+        "dtype",
+        "engine",
+        "logits_error",
+        "repetitions",
+        "device",
+        "driver",
+        "commit",
+        "versions",
+    }
+    common = dict.fromkeys(given | {"over_queued"}) | {"peak_bytes_per_s": 1e9, "depth": 7, "test": "batch3"}
+    record = bench._time_batch(packed, decoder, plan, 3, common)
+    assert record.us_per_pass == pytest.approx(3 * record.us_per_token) and record.rows == 3
+    assert record.bytes == pass_bytes(packed, 7, rows=3, sequences=3) + (
+        3 * (pass_bytes(packed, 8) - pass_bytes(packed, 7)) // 2
+    )
+    run = calls[: len(calls) // 2]
+    assert run[-1] == "finish" and len(calls) == 6
+    for i, (rows, works, wanted) in enumerate(run[:-1]):
+        assert (rows, wanted) == (3, 0b111)
+        assert [(work.slot, len(work.tokens), work.start) for work in works] == [
+            (slot, 1, 7 + i) for slot in range(3)
+        ]
+
+
 def test_figures_come_from_the_median(monkeypatch):
     """The first run does not count; a slow one among the others changes the deviation only."""
     times = iter([9.0, 2.0, 1.0, 7.0])
@@ -344,6 +380,7 @@ def test_plan_positions():
     assert Plan([], [3], [5, 1], 1).positions == 8
     assert Plan([], [3], [0], 1, end_to_end=9).positions == 10
     assert Plan([], [], [0], 1, rows=[3]).positions == bench.QUEUED_PASSES + 2
+    assert Plan([], [], [3], 1, batch=[8]).positions == bench.QUEUED_PASSES + 3
 
 
 def test_command_by_its_wrapper(tmp_path):
@@ -463,6 +500,8 @@ def test_output_file_that_cannot_be_written_is_known_first(tmp_path, capsys):
         (["--random", "tinny"], 2, "found 'tinny'"),
         (["--dtype", "bf16,fp4"], 2, "expected bf16, int8, int4, found 'fp4'"),
         ([*QUICK, "--rows", "1,9"], 1, "--rows: a pass has 1 to 8 rows, found 9"),
+        ([*QUICK, "--batch", "9"], 1, "--batch: a pass has 1 to 8 rows, found 9"),
+        ([*QUICK, "--batch", "2", "--device", "cpu"], 1, "--batch: a GPU expected, found the CPU"),
         ([*QUICK, "--end-to-end", "1"], 1, "--end-to-end: expected 2 tokens or more, or 0 for none, found 1"),
     ],
 )

@@ -21,7 +21,9 @@ from ffmini.convert import pack_checkpoint
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import DeviceError, GenerationError
 from ffmini.model import bundled_model_path
+from ffmini.numerics import from_bf16
 from ffmini.packing import PackedModel
+from ffmini.passes import Work
 from ffmini.shapes import SHAPES
 from ffmini.tokenizer import Tokenizer
 
@@ -365,14 +367,139 @@ def test_many_passes_ahead(tmp_path: Path) -> None:
     decoder.close()
 
 
-def test_non_finite_candidates_raise(tmp_path: Path) -> None:
+def test_non_finite_candidates_say_so(tmp_path: Path) -> None:
     packed = pack(tmp_path, "llama2", "bf16")
     packed.norm = np.full_like(packed.norm, 3e38)
     decoder = gpu.GPUDecoder(packed, 64, progress=False)
     for _ in range(2):
-        with pytest.raises(GenerationError, match="non-finite"):
-            ask(decoder, np.array([1]), 0, query([3]), ahead=True)
+        assert not ask(decoder, np.array([1]), 0, query([3]), ahead=True).finite
     decoder.close()
+
+
+# ---- slots ---------------------------------------------------------------------------------------------
+
+DEPTHS = (508, 0, 255, 40, 590)  # of each slot's context
+ROWS_OF_SLOTS = (2, 1, 2, 1, 2)
+
+
+def slots_filled(packed: PackedModel, **options: Any) -> tuple[gpu.GPUDecoder, list[Work], list[np.ndarray]]:
+    """A decoder whose slots hold contexts of DEPTHS, works for the rows behind them, all tokens of each."""
+    decoder = gpu.GPUDecoder(packed, 600, num_slots=len(DEPTHS), progress=False, **options)
+    tokens = tiny_prompt({"vocab_size": packed.config.vocab_size}, 1000)
+    works, texts = [], []
+    for slot, (depth, rows) in enumerate(zip(DEPTHS, ROWS_OF_SLOTS, strict=True)):
+        texts.append(tokens[50 * slot : 50 * slot + depth + rows])
+        if depth:
+            decoder.forward(texts[-1][:depth], 0, "none", slot)
+        asked = tuple(query(np.arange(slot, 40 * slot, row + 1), 0.5 + row) for row in range(rows))
+        works.append(Work(slot, texts[-1][depth:], depth, asked))
+    return decoder, works, texts
+
+
+def say(decoder: gpu.GPUDecoder, works: list[Work]) -> list[np.ndarray]:
+    """All that each queried row says."""
+    decoder.begin(works)
+    return [flat(found) for of_work in decoder.candidates() for found in of_work]
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama3.1", "bf16"), ("qwen2", "int8"), ("qwen3", "int4")])
+def test_rows_of_several_slots(tmp_path: Path, family: str, dtype: str) -> None:
+    """The same bits as in passes of one slot, in another order and grid too; near the CPU path's."""
+    packed = pack(tmp_path, family, dtype, max_position_embeddings=600)
+    vocab = packed.config.vocab_size
+    for options in ({}, {"blocks": 3}, {"bulk_copies": False}, {"rows": (8,), "test_pauses": True}):
+        decoder, works, texts = slots_filled(packed, **options)
+        poison(decoder)
+        alone = [row for work in works for row in say(decoder, [work])]
+        poison(decoder)
+        assert same(say(decoder, works), alone), options
+        backwards = [row for work in works[::-1] for row in say(decoder, [work])]
+        for _ in range(20):
+            assert same(say(decoder, works[::-1]), backwards), options
+        decoder.close()
+    found = np.stack([row[:vocab] for row in alone])
+    exact = CPUDecoder(packed, 600, precision="float64", progress=False)
+    oracle = CPUDecoder(packed, 600, progress=False)
+    expected, own = (
+        np.concatenate(
+            [path.forward(text, 0, "all")[-n:] for text, n in zip(texts, ROWS_OF_SLOTS, strict=True)]
+        )
+        for path in (exact, oracle)
+    )
+    check_logits(error(found, expected), error(own, expected))
+
+
+def test_a_batch_of_generations(tmp_path: Path) -> None:
+    """Each sequence's ids grow on the device, pass by pass, as if it were alone; one joins late."""
+    packed = pack(tmp_path, "llama2", "int4")
+    decoder = gpu.GPUDecoder(packed, 64, num_slots=4, progress=False)
+    expected = run_greedily(decoder, 40, ahead=True)
+    ids: list[list[int]] = [[] for _ in range(4)]
+    token, position = [1] * 4, [0] * 4
+    for step in range(40):
+        slots = range(4 if step >= 10 else 3)
+        for slot in slots:
+            if token[slot] not in ids[slot]:
+                ids[slot].append(token[slot])
+        works = [Work(s, np.array([token[s]]), position[s], (query(ids[s], 0.8),)) for s in slots]
+        decoder.begin(works)
+        for slot, (found,) in enumerate(decoder.candidates()):
+            assert same([flat(found)], [expected[position[slot]]]), (step, slot)
+            token[slot] = int(found.ids[0])
+            position[slot] += 1
+    decoder.close()
+
+
+def test_a_prompt_beside_a_generation(tmp_path: Path) -> None:
+    """Its rows without queries go before, and beside the others as far as there is room."""
+    packed = pack(tmp_path, "qwen2", "bf16")
+    tokens = tiny_prompt({"vocab_size": packed.config.vocab_size}, 60)
+    decoder = gpu.GPUDecoder(packed, 64, num_slots=3, progress=False)
+    asked = (query([3, 1]),)
+    works = [Work(0, tokens[:45], 0, asked), Work(2, tokens[7:50], 0, asked), Work(1, tokens[:5], 0, ())]
+    expected = [say(decoder, [work])[0] for work in works[:2]]
+    poison(decoder)
+    for cache in (decoder.key_cache, decoder.value_cache):
+        cache.fill(0)
+    assert same(say(decoder, works), expected)
+    assert same(say(decoder, [Work(1, tokens[5:45], 5, asked)]), expected[:1])
+    decoder.close()
+
+
+def test_the_cache_of_a_slot(tmp_path: Path) -> None:
+    """What a slot held goes on in another one; it is near what the CPU path holds."""
+    packed = pack(tmp_path, "qwen3", "int8")
+    tokens = tiny_prompt({"vocab_size": packed.config.vocab_size}, 41)
+    decoder = gpu.GPUDecoder(packed, 64, num_slots=3, progress=False)
+    decoder.forward(tokens[:40], 0, "none", 2)
+    keys, values = decoder.read_cache(2, 40)
+    oracle = CPUDecoder(packed, 64, progress=False)
+    oracle.forward(tokens[:40], 0, "none")
+    for found, expected in ((keys, oracle.key_cache), (values, oracle.value_cache)):
+        assert error(from_bf16(found), expected[:, :, :40]) < 2e-2
+    decoder.write_cache(0, keys, values)
+    assert all(map(np.array_equal, decoder.read_cache(0, 40), (keys, values)))
+    last = [Work(slot, tokens[40:], 40, (query([5]),)) for slot in (2, 0, 1)]
+    expected, found, other = say(decoder, last)
+    assert same([found], [expected]) and not same([other], [expected])
+    decoder.close()
+
+
+def test_a_slot_that_is_not_finite(tmp_path: Path) -> None:
+    """The other slots' rows say what they say without it."""
+    packed = pack(tmp_path, "llama2", "bf16", max_position_embeddings=600)
+    decoder, works, _ = slots_filled(packed)
+    expected = say(decoder, works)
+    decoder.value_cache[:, 3, :, 20].fill(0x7FC0)
+    decoder.begin(works)
+    said = decoder.candidates()
+    assert [found.finite for of_work in said for found in of_work] == [True] * 5 + [False] + [True] * 2
+    rows = [flat(found) for of_work in said for found in of_work]
+    assert same(rows[:5] + rows[6:], expected[:5] + expected[6:])
+    decoder.close()
+
+
+# ---- errors --------------------------------------------------------------------------------------------
 
 
 def test_a_grid_that_cannot_be_resident_is_refused(tmp_path: Path) -> None:

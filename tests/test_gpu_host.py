@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import threading
 import time
+from collections import Counter
 from queue import Queue
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +19,16 @@ from comparison import ask, check_candidates, query
 from ffmini import gpu
 from ffmini.candidates import MAX_QUERIED, Candidates, Query
 from ffmini.errors import DeviceError, GenerationError
-from ffmini.kernel import AWAITED, MAIL_APPEND, MAIL_LEAVE, PASS_ARGS
+from ffmini.kernel import AWAITED, MAIL_APPEND, MAIL_LEAVE, MAX_ROWS, PASS_ARGS
+from ffmini.passes import Work
 from ffmini.results import HostMemory
 
-VOCAB, LISTED, MAX_SEQ_LEN = 300, 60, 40
+VOCAB, LISTED, MAX_SEQ_LEN, SLOTS = 300, 60, 40, 3
 
 
-def logits_of_pass(token: int, position: int) -> np.ndarray:
+def logits_of_pass(token: int, position: int, slot: int = 0) -> np.ndarray:
     """What the model of these tests says of `token` at `position`: float32 [VOCAB], some of them equal."""
-    values = np.random.default_rng([token, position]).standard_normal(VOCAB) * 3
+    values = np.random.default_rng([token, position, slot]).standard_normal(VOCAB) * 3
     return (values.round(1) + 0.0).astype(np.float32)
 
 
@@ -47,14 +50,16 @@ class Device(threading.Thread):
 
     def __init__(self, host: HostMemory) -> None:
         super().__init__(daemon=True)
-        self.host, self.ids, self.queue = host, np.zeros(MAX_QUERIED, np.int32), Queue()
+        self.host, self.ids, self.queue = host, np.zeros((MAX_ROWS, MAX_QUERIED), np.int32), Queue()
         self.log: list[tuple[int, str]] = []  # of each pass: its first position, how it went
+        self.passes: list[np.ndarray] = []  # their arguments
         self.trouble: str | None = None  # of the next pass
         self.ended: set[int] = set()
-        self.row: np.ndarray | None = None  # logits of the last pass
+        self.logits: list[np.ndarray] = []  # of the last pass's rows
 
     def run(self) -> None:
         while (args := self.queue.get()) is not None:
+            self.passes.append(args)
             outcome = self.run_pass(args)
             self.log.append((int(args["rows"]["position"][0]), outcome))
             self.ended.add(int(args["pass"]))
@@ -62,7 +67,7 @@ class Device(threading.Thread):
 
     def run_pass(self, args: np.ndarray) -> str:
         number, row = int(args["pass"]), int(args["num_rows"]) - 1
-        token, append = int(args["rows"]["token"][row]), bool(args["append"])
+        token, append = int(args["rows"]["token"][row]), int(args["append"])
         if token == AWAITED:
             end = time.perf_counter() + 1e-9 * float(args["token_limit_ns"])
             while (mail := int(self.host.mailbox[0])) & 0xFFFFFFFF != number:
@@ -70,7 +75,7 @@ class Device(threading.Thread):
                     self.host.status["no_token"] = number
                     return "no token"
                 time.sleep(1e-4)
-            token, append = (mail >> 32) % MAIL_APPEND, bool(mail >> 63)
+            token, append = (mail >> 32) % MAIL_APPEND, mail >> 63
             if token == MAIL_LEAVE:
                 return "left"
         trouble, self.trouble = self.trouble, None
@@ -78,21 +83,33 @@ class Device(threading.Thread):
             self.host.status["stage"], self.host.status["gave_up"] = 8, number
         if trouble is not None and trouble != "non-finite":
             return trouble
-        self.row = logits_of_pass(token, int(args["rows"]["position"][row]))
+        self.logits = [self.logits_of_row(args, i, token) for i in range(row + 1)]
         if trouble == "non-finite":
-            self.row[7] = np.nan
+            self.logits[row][7] = np.nan
         if args["candidates"]:
-            known = int(args["num_queried"])
-            if append:
-                self.ids[known] = token
+            self.leave_candidates(args, token, append)
+        return "awaited" if int(args["rows"]["token"][row]) == AWAITED else "plain"
+
+    def logits_of_row(self, args: np.ndarray, row: int, awaited: int) -> np.ndarray:
+        token, position, slot = (int(x) for x in args["rows"][row])
+        return logits_of_pass(awaited if token == AWAITED else token, position, slot)
+
+    def leave_candidates(self, args: np.ndarray, token: int, append: int) -> None:
+        """Of the wanted rows, each with its list; `token` is the last row's, `append` a bit for each row."""
+        rows = [row for row in range(MAX_ROWS) if int(args["logits_rows"]) >> row & 1]
+        for place, row in enumerate(rows):
+            known, appends = int(args["num_queried"][row]), append >> row & 1
+            if appends:
+                own = int(args["rows"]["token"][row])
+                self.ids[place, known] = token if own == AWAITED else own
             said = np.zeros_like(self.host.results[row])
-            ids = self.ids[: known + append]
-            count = list_candidates(self.row, ids, float(args["inverse_temperature"][row]), said)
-            said["tag"] = number
+            ids = self.ids[place, : known + appends]
+            temperature = float(args["inverse_temperature"][row])
+            count = list_candidates(self.logits[row], ids, temperature, said)
+            said["tag"] = int(args["pass"])
             for end in (1, count // 2, count):  # the header may overtake what it announces
                 self.host.results[row, :end] = said[:end]
                 time.sleep(1e-4)
-        return "awaited" if int(args["rows"]["token"][row]) == AWAITED else "plain"
 
 
 class HostSide(gpu.GPUDecoder):
@@ -100,16 +117,16 @@ class HostSide(gpu.GPUDecoder):
 
     def __init__(self, token_seconds: float = 1.0) -> None:
         self.config: Any = SimpleNamespace(vocab_size=VOCAB, num_layers=2)
-        self.max_seq_len, self.device = MAX_SEQ_LEN, "cuda:0"
+        self.max_seq_len, self.num_slots, self.device = MAX_SEQ_LEN, SLOTS, "cuda:0"
         packets = SimpleNamespace(fill=lambda value: None)
         packets.data = SimpleNamespace(ptr=0)
         self._builds: Any = {rows: SimpleNamespace(exchange=packets) for rows in (1, 4)}
+        self.max_rows = 4
         self._pass = self._checked = self._listed = 0
         self._gave_up: Any = np.zeros(1, np.uint32)
         self._waiting, self._closed = None, False
         self._begun = None
-        self._queried_ids = self._query_ids = np.zeros(0, np.int32)
-        self._query = None
+        self._lists = [gpu._List() for _ in range(MAX_ROWS)]
         self._host = HostMemory(np.zeros(HostMemory.nbytes(4), np.uint8), 4)
         self._set_args(np.zeros((), PASS_ARGS))
         self._args["spin_limit_ns"], self._args["token_limit_ns"] = 10**9, int(token_seconds * 1e9)
@@ -136,7 +153,7 @@ class HostSide(gpu.GPUDecoder):
 
     def finish(self, wanted: int = 0) -> np.ndarray:
         self._check_status()
-        return self.fake.row[None].copy() if wanted else np.zeros((0, VOCAB), np.float32)
+        return self.fake.logits[-1][None].copy() if wanted else np.zeros((0, VOCAB), np.float32)
 
     def outcomes(self) -> list[tuple[int, str]]:
         """How the passes went so far."""
@@ -151,18 +168,18 @@ class IdsOnDevice:
     def __init__(self, device: Device) -> None:
         self.device, self.uploads = device, 0
 
-    def __getitem__(self, key: slice) -> SimpleNamespace:
+    def __getitem__(self, key: tuple[int, slice]) -> SimpleNamespace:
         return SimpleNamespace(set=lambda ids: self.write(key, ids))
 
-    def write(self, key: slice, ids: np.ndarray) -> None:
+    def write(self, key: tuple[int, slice], ids: np.ndarray) -> None:
         self.device.queue.join()
         self.device.ids[key] = ids
         self.uploads += 1
 
 
-def check(found: Candidates, token: int, position: int, asked: Query) -> None:
+def check(found: Candidates, token: int, position: int, asked: Query, slot: int = 0) -> None:
     """`found` is what the pass of `token` at `position` says; its logits are not fetched from a device."""
-    logits = logits_of_pass(token, position)
+    logits = logits_of_pass(token, position, slot)
     found = dataclasses.replace(found, fetch=logits.copy)
     check_candidates(found, logits, asked.token_ids, float(1 / asked.inverse_temperature))
 
@@ -252,7 +269,6 @@ def test_plain_passes_between() -> None:
     ("trouble", "error", "match"),
     [
         ("gave up", GenerationError, "gave up after 1 s: layer 1, norm_qkv"),
-        ("non-finite", GenerationError, "non-finite"),
         ("ended", DeviceError, "left no results"),
     ],
 )
@@ -266,6 +282,166 @@ def test_trouble(trouble: str, error: type[Exception], match: str, awaited: bool
         ask(decoder, np.array([6]), 1, query([1, 6]), ahead=True)
     decoder.launch(1, np.array([6]), 1, 0)
     check(ask(decoder, np.array([6]), 1, query([1, 6]), ahead=True), 6, 1, query([1, 6]))
+
+
+def run(decoder: gpu.GPUDecoder, works: list[Work], ahead: bool = False) -> list[list[Candidates]]:
+    """What `works` say, checked."""
+    decoder.begin(works, ahead)
+    said = decoder.candidates()
+    assert [len(of_work) for of_work in said] == [len(work.queries) for work in works]
+    for work, of_work in zip(works, said, strict=True):
+        first = len(work.tokens) - len(of_work)
+        for i, (found, asked) in enumerate(zip(of_work, work.queries, strict=True), first):
+            check(found, int(work.tokens[i]), work.start + i, asked, work.slot)
+    return said
+
+
+def test_works_of_several_slots() -> None:
+    """A token of each, drafts of some, prompts beside them; every row with its own ids."""
+    decoder = HostSide()
+    ids = [[1, 2], [], [7, 3, 5]]
+    for position in range(5, 20, 3):
+        for slot in range(SLOTS):
+            ids[slot] = [*ids[slot], 100 + 3 * position + slot]
+        works = [Work(slot, np.array([ids[slot][-1]]), position, (query(ids[slot]),)) for slot in (2, 0, 1)]
+        run(decoder, works)
+    assert decoder._device_ids.uploads == 2  # then each pass appends its tokens
+    drafts = [Work(1, np.arange(3), 21, (query([1]), query([2, 4], 0.5), query([])))]
+    run(decoder, [*drafts, Work(0, np.array([9]), 22, (query([8]),))])
+    asked = query([1, 32]), query([2, 4, 31], 0.5), query([32])  # the device has all but the last of each
+    run(decoder, [Work(1, np.arange(30, 33), 22, asked)])
+    assert decoder._device_ids.uploads == 7
+    run(decoder, [Work(2, np.arange(6), 21, ()), Work(0, np.array([9]), 23, (query([8]),))])
+    run(decoder, [Work(0, np.arange(3), 24, (query([8]),)), Work(1, np.array([4]), 24, (query([6]),))])
+    assert {outcome for _, outcome in decoder.outcomes()} == {"plain"}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "passes"),  # tokens, queries of each slot's work; rows of each slot in each pass
+    [
+        ([(5, 1)], [[(0, 4)], [(0, 1)]]),
+        ([(6, 1)], [[(0, 4)], [(0, 2)]]),
+        ([(4, 1)], [[(0, 4)]]),
+        ([(2, 1), (1, 1), (1, 1)], [[(0, 2), (1, 1), (2, 1)]]),
+        ([(7, 1), (1, 1)], [[(0, 4)], [(0, 3), (1, 1)]]),
+        ([(7, 1), (2, 2)], [[(0, 4)], [(0, 2)], [(0, 1), (1, 2)]]),
+        ([(7, 1), (6, 1), (1, 1)], [[(0, 4)], [(0, 2), (1, 2)], [(1, 2)], [(0, 1), (1, 2), (2, 1)]]),
+        ([(3, 0), (6, 2), (1, 0)], [[(0, 3), (1, 1)], [(1, 3)], [(1, 2), (2, 1)]]),
+        ([(3, 0), (6, 0)], [[(0, 3), (1, 1)], [(1, 4)], [(1, 1)]]),
+    ],
+)
+def test_rows_in_passes(lengths: list[tuple[int, int]], passes: list[list[tuple[int, int]]]) -> None:
+    decoder = HostSide()
+    works = [
+        Work(slot, np.arange(count) + 10 * slot, 3 * slot, (query([slot]),) * queries)
+        for slot, (count, queries) in enumerate(lengths)
+    ]
+    run(decoder, works)
+    decoder.outcomes()
+    run_rows = [args["rows"][: int(args["num_rows"])] for args in decoder.fake.passes]
+    assert [list(Counter(rows["slot"].tolist()).items()) for rows in run_rows] == passes
+    every = np.concatenate(run_rows)
+    for work in works:
+        rows = every[every["slot"] == work.slot]
+        assert np.array_equal(rows["token"], work.tokens)
+        assert np.array_equal(rows["position"], work.start + np.arange(len(work.tokens)))
+
+
+def test_a_row_that_is_not_finite() -> None:
+    """It says so; the others count, and so do later passes."""
+    decoder = HostSide()
+    for trouble in ("non-finite", None):
+        decoder.fake.trouble = trouble
+        works = [Work(slot, np.array([3 + slot]), 6, (query([slot, 7]),)) for slot in range(SLOTS)]
+        decoder.begin(works)
+        *others, (last,) = decoder.candidates()
+        assert last.finite == (trouble is None)
+        for slot, (found,) in enumerate(others):
+            check(found, 3 + slot, 6, query([slot, 7]), slot)
+    assert np.array_equal(decoder.forward(np.array([9]), 1)[0], logits_of_pass(9, 1))
+
+
+def test_a_pass_that_waits_for_another_slot() -> None:
+    """It leaves, as it does when several works come."""
+    decoder = HostSide()
+    one = [Work(1, np.array([4]), 5, (query([2]),))]
+    run(decoder, one, ahead=True)
+    run(decoder, [Work(1, np.array([6]), 6, (query([2]),))], ahead=True)
+    run(decoder, [Work(0, np.array([6]), 7, (query([2]),))], ahead=True)
+    run(decoder, [Work(0, np.array([6]), 8, (query([2]),)), Work(1, np.array([6]), 7, (query([2]),))])
+    outcomes = [outcome for _, outcome in decoder.outcomes()]
+    assert outcomes == ["plain", "awaited", "left", "plain", "left", "plain"]
+
+
+def test_an_append_that_nobody_asked_about() -> None:
+    """settle() before candidates(): the token may have joined the ids or not, so they are sent again."""
+    decoder = HostSide(token_seconds=0.0)
+    run(decoder, [Work(0, np.array([4]), 0, (query([1]),))], ahead=True)
+    decoder.fake.queue.join()  # the waiting pass has left
+    decoder._host.status["no_token"] = 0  # and the host does not see it yet
+    decoder.begin([Work(0, np.array([6]), 1, (query([1, 6]),))])
+    decoder.settle()
+    decoder._host.status["no_token"] = decoder._pass
+    run(decoder, [Work(0, np.array([7]), 2, (query([1, 6]),))])
+
+
+def test_bad_works() -> None:
+    decoder = HostSide()
+    one = (query([]),)
+    token = np.array([1])
+    for works, ahead, match in [
+        ([Work(3, token, 0, one)], False, "slot 3 asked for, 0 to 2 exist"),
+        ([Work(0, token, 0, one), Work(0, token, 1, one)], False, r"distinct slots expected, found \[0, 0\]"),
+        ([Work(0, token, 0, one * 2)], False, "2 rows queried, there are 1"),
+        ([Work(0, np.arange(5), 0, one * 5)], False, "at most 4 rows can be queried together, found 5"),
+        ([Work(0, token, 0, one), Work(1, token, 0, ())], True, "found 2 works of 1 queries"),
+        ([Work(0, token, 0, ())], True, "found 1 works of 0 queries"),
+        ([Work(1, token, MAX_SEQ_LEN, one)], False, "positions 40 to 40 asked for"),
+        ([Work(1, np.array([VOCAB]), 0, one)], False, "token ids must be in"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            decoder.begin(works, ahead)
+    with pytest.raises(ValueError, match="slot 3 asked for"):
+        decoder.forward(token, 0, slot=3)
+    with pytest.raises(ValueError, match="none was started"):
+        decoder.candidates()
+    assert decoder.outcomes() == []
+
+
+class HeldCache(np.ndarray):
+    """An array as CuPy's, on the device."""
+
+    def get(self) -> np.ndarray:
+        assert self.flags.c_contiguous
+        return np.array(self)
+
+    def set(self, source: np.ndarray) -> None:
+        assert self.flags.c_contiguous and self.shape == source.shape
+        self[...] = source
+
+
+def test_the_cache_of_a_slot() -> None:
+    """What is written is read, from its slot, and lies where the kernel looks for it."""
+    decoder = HostSide()
+    decoder.config.num_kv_heads, decoder.config.head_dim = 3, 80
+    shape = (2, SLOTS, 3, MAX_SEQ_LEN, 80)
+    decoder.key_cache, decoder.value_cache = (np.zeros(shape, np.uint16).view(HeldCache) for _ in range(2))
+    keys, values = np.random.default_rng(0).integers(0, 2**16, (2, 2, 3, 17, 80), np.uint16)
+    decoder.write_cache(1, keys, values)
+    for cache, vectors, rotation in ((decoder.key_cache, keys, 4), (decoder.value_cache, values, 1)):
+        assert not cache[:, [0, 2]].any() and not cache[:, :, :, 17:].any()
+        for position, d in itertools.product(range(17), range(80)):  # rotated() of cuda/items.cuh
+            place = (d // 8 + rotation * position) % 10 * 8 + d % 8
+            assert np.array_equal(cache[:, 1, :, position, place], vectors[:, :, position, d])
+    for count in (0, 9, 17):
+        for found, expected in zip(decoder.read_cache(1, count), (keys, values), strict=True):
+            assert found.dtype == np.uint16 and np.array_equal(found, expected[:, :, :count])
+    with pytest.raises(ValueError, match="slot 3 asked for"):
+        decoder.read_cache(3, 1)
+    with pytest.raises(ValueError, match="41 positions asked for, a slot has 40"):
+        decoder.read_cache(0, 41)
+    with pytest.raises(ValueError, match=r"uint16 \(2, 3, 17, 80\) expected, found float32"):
+        decoder.write_cache(0, keys, values.astype(np.float32))
 
 
 def test_the_numbers_run_out() -> None:
@@ -335,19 +511,18 @@ def test_a_launch_is_on_the_decoders_device(device: int, context: int) -> None:
     """Also if another device is the current one, as it is again afterwards, or the thread has used none."""
     cuda = Cuda(device, context)
     decoder = decoder_on(cuda)
-    decoder._launch(3, 4, np.array([11, 12]), 20, 2)
+    decoder._launch(3, 4, [Work(0, np.array([11, 12]), 20, ()), Work(2, np.array([13]), 7, ())], 2)
     ((*shape, params),) = cuda.launched
     assert shape == [7, 5, 1, 1, 640, 1, 1, 99, 10] and cuda.device == device
     pointer = ctypes.c_uint64.from_address(params).value
     args = np.frombuffer(ctypes.string_at(pointer, PASS_ARGS.itemsize), PASS_ARGS)[0]
-    assert (args["pass"], args["exchange"], args["num_rows"], args["logits_rows"]) == (3, 8, 2, 2)
-    assert args["rows"]["token"][:2].tolist() == [11, 12]
-    assert args["rows"]["position"][:2].tolist() == [20, 21]
+    assert (args["pass"], args["exchange"], args["num_rows"], args["logits_rows"]) == (3, 8, 3, 2)
+    assert args["rows"][:3].tolist() == [(11, 20, 0), (12, 21, 0), (13, 7, 2)]
 
 
 def test_a_launch_that_fails() -> None:
     cuda = Cuda(0, 100)
     cuda.error = ArithmeticError("out of order")
     with pytest.raises(DeviceError, match=r"cuda:1: a pass failed \(out of order\); load the model again"):
-        decoder_on(cuda)._launch(1, 4, np.array([1]), 0, 1)
+        decoder_on(cuda)._launch(1, 4, [Work(0, np.array([1]), 0, ())], 1)
     assert cuda.device == 0

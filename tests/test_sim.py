@@ -16,14 +16,11 @@ import pytest
 from bounds import check_logits_sent, check_sent
 from comparison import (
     BF16_TOLERANCE,
-    KEY_ROTATION,
-    VALUE_ROTATION,
     check_candidates,
     check_logits,
     check_stages,
     error,
     flat,
-    plain,
     query,
     share_cache,
 )
@@ -47,8 +44,10 @@ from sim_cases import (
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import GenerationError
 from ffmini.kernel import LISTED, MAIL_LEAVE, MOST_LISTED
+from ffmini.layout import KEY_ROTATION, VALUE_ROTATION, in_order
 from ffmini.numerics import from_bf16
 from ffmini.packing import PackedModel
+from ffmini.passes import Work
 from ffmini.resources import resource_dir
 
 BUILDS = {f"{build.family}-{build.dtype}": build for build in COVER}
@@ -121,7 +120,7 @@ def check_deep_pass(decoder: SimDecoder, oracle: CPUDecoder, tokens: np.ndarray)
         (decoder.key_cache, oracle.key_cache, KEY_ROTATION),
         (decoder.value_cache, oracle.value_cache, VALUE_ROTATION),
     ):
-        appended = plain(found[:, 0, :, after], rotation, DEEP)
+        appended = in_order(found[:, 0, :, after], rotation, DEEP)
         assert error(from_bf16(appended), kept[:, :, after]) < 4e-3
         assert (found[:, :, :, after.stop :] == 0xFFFF).all()
 
@@ -198,7 +197,7 @@ def test_logits_as_asked(pack: Callable[[Case], PackedModel]) -> None:
     every = decoder.forward(tokens, 0, "all")
     assert same_bits(decoder.forward(tokens, 0, "last"), every[-1:])
     assert decoder.forward(tokens, 0, "none").shape == (0, packed.config.vocab_size)
-    assert same_bits(decoder.launch(tokens[:8], 0, [1, 6]), every[[1, 6]])
+    assert same_bits(decoder.launch([Work(0, tokens[:8], 0, ())], [1, 6]), every[[1, 6]])
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -329,6 +328,126 @@ def test_non_finite_logits(pack: Callable[[Case], PackedModel]) -> None:
     assert np.isnan(decoder.assemble(0, 1).total)
 
 
+# ---- slots ---------------------------------------------------------------------------------------------
+
+# Of one pass: slot, position, tokens. Contexts of none to three blocks of positions, rows that cross from one
+# block into the next, and one at the very end of its slot.
+MIXTURES = {
+    "five": [(3, 508, 2), (0, 0, 1), (5, 255, 2), (1, 30, 1), (7, MAX_SEQ_LEN - 2, 2)],
+    "eight": [(slot, position, 1) for slot, position in enumerate((511, 0, 256, 255, 599, 1, 512, 40))],
+    "two": [(6, 510, 5), (2, 3, 3)],
+    "the deep one last": [(4, 3, 6), (5, 560, 1)],
+}
+
+
+def mixed_works(packed: PackedModel, name: str) -> list[Work]:
+    """Every row of them is asked for something else."""
+    works, tokens = [], case_tokens(packed, 8)
+    vocab = packed.config.vocab_size
+    for slot, position, count in MIXTURES[name]:
+        rows = range(8 - len(tokens), 8 - len(tokens) + count)
+        asked = tuple(query(np.arange(row, vocab, 9 - row)[: 20 * row], 0.5 + row) for row in rows)
+        works.append(Work(slot, tokens[:count], position, asked))
+        tokens = tokens[count:]
+    return works
+
+
+def fill_slots(decoder: SimDecoder, works: list[Work]) -> None:
+    """Random K and V in the slots of `works` before their positions, NaN elsewhere."""
+    for cache in (decoder.key_cache, decoder.value_cache):
+        filled = random_cache(cache.shape, MAX_SEQ_LEN)
+        cache[...] = 0xFFFF
+        for work in works:
+            cache[:, work.slot, :, : work.start] = filled[:, work.slot, :, : work.start]
+
+
+@pytest.mark.parametrize(
+    ("case", "mixture"),
+    [
+        (Case("llama3.1", "bf16"), "five"),
+        (Case("qwen2", "int8"), "eight"),
+        (Case("mistral", "int4"), "two"),
+        (Case("qwen3", "int8", changes={"num_attention_heads": 12, "num_key_value_heads": 1}), "five"),
+    ],
+)
+def test_slots_match_cpu(pack: Callable[[Case], PackedModel], case: Case, mixture: str) -> None:
+    """Every stage of a pass over several slots, as of passes of one slot each."""
+    packed = pack(case)
+    works = mixed_works(packed, mixture)
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, num_slots=8, seed=3)
+    fill_slots(decoder, works)
+    before = decoder.key_cache.copy(), decoder.value_cache.copy()
+    logits = decoder.launch(works, list(range(sum(len(work.tokens) for work in works))))
+    oracle, at = CPUDecoder(packed, MAX_SEQ_LEN, progress=False), 0
+    for work in works:
+        rows = slice(at, at := at + len(work.tokens))
+        share_cache(oracle, *(cache[:, work.slot] for cache in before), work.start)
+        found = [{name: values[rows] for name, values in layer.items()} for layer in decoder.stages()]
+        x = check_stages(found, oracle, work.tokens, work.start)
+        assert error(logits[rows], oracle.norm_lm_head(x)) <= BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_rows_do_not_know_each_other(pack: Callable[[Case], PackedModel], dtype: str, mixture: str) -> None:
+    """A row says the same bits, and leaves the same K and V, as in a pass of its own; under any schedule."""
+    packed = pack(Case("qwen2", dtype, changes={"vocab_size": 200}))
+    works = mixed_works(packed, mixture)
+    one = SimDecoder(packed, MAX_SEQ_LEN, rows=1, num_slots=8, shared_limit=227 * 1024)
+    fill_slots(one, works)
+    expected = [
+        flat(one.ask([Work(work.slot, work.tokens[i : i + 1], work.start + i, (asked,))])[0][0])
+        for work in works
+        for i, asked in enumerate(work.queries)
+    ]
+    for bulk_copies in (True, False):
+        many = SimDecoder(packed, MAX_SEQ_LEN, num_slots=8, bulk_copies=bulk_copies)
+        for many.seed in (0, 5, 28, 56):
+            fill_slots(many, works)
+            found = [flat(said) for of_work in many.ask(works) for said in of_work]
+            assert all(map(same_bits, found, expected)), many.seed
+            assert np.array_equal(many.key_cache, one.key_cache)
+            assert np.array_equal(many.value_cache, one.value_cache)
+        many.blocks = 7
+        fill_slots(many, works)
+        found = [said.fetch() for of_work in many.ask(works[::-1])[::-1] for said in of_work]
+        assert all(same_bits(row, all[: len(row)]) for row, all in zip(found, expected, strict=True))
+
+
+def test_a_row_that_is_not_finite(pack: Callable[[Case], PackedModel]) -> None:
+    """The others say what they say without it."""
+    packed = pack(Case("llama2", "int8"))
+    works = mixed_works(packed, "eight")
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, num_slots=8)
+    fill_slots(decoder, works)
+    expected = [said for (said,) in decoder.ask(works)]
+    fill_slots(decoder, works)
+    decoder.value_cache[:, 4, :, 590] = 0x7FC0
+    with pytest.raises(GenerationError, match="non-finite"):
+        decoder.ask(works)
+    for row, said in enumerate(expected):
+        found = decoder.assemble(row, len(said.queried))
+        assert said.finite and found.finite == (row != 4)
+        assert row == 4 or same_bits(flat(found), flat(said))
+
+
+def test_appended_to_every_list(pack: Callable[[Case], PackedModel]) -> None:
+    """Rows of several slots each append their own token, whose ids the next pass finds on the device."""
+    packed = pack(Case("llama2", "int4", 32, changes={"num_hidden_layers": 1, "vocab_size": 67}))
+    decoder, tokens = SimDecoder(packed, MAX_SEQ_LEN, num_slots=3), case_tokens(packed, 5)
+    works = [Work(2, tokens[:3], 0, ()), Work(1, tokens[3:4], 0, ()), Work(0, tokens[4:], 0, ())]
+    logits = decoder.launch(works, [2, 3, 4])
+    for appended in ([2, 3, 4], [3], [4]):
+        lists = {row: np.setdiff1d(np.arange(0, 67, row), tokens) for row in (2, 3, 4)}
+        decoder._queried_ids[...] = -1
+        found = decoder.ask_rows(works, {row: query(ids) for row, ids in lists.items()}, appended)
+        for place, (row, ids) in enumerate(lists.items()):
+            asked = np.append(ids, tokens[row]) if row in appended else ids
+            check_candidates(found[row], logits[place], asked, 1.0)
+            held = decoder._queried_ids[place]
+            assert np.array_equal(held[held >= 0], asked)
+
+
 # ---- candidates ----------------------------------------------------------------------------------------
 
 
@@ -405,7 +524,7 @@ def test_same_candidates(pack: Callable[[Case], PackedModel], build: str) -> Non
         decoder._queried_ids[...] = -1
         found = decoder.listed(tokens, 0, ids, {0: 1.5}, append, mailbox)[0]
         assert same_bits(flat(found), flat(appended if append else expected)), f"seed {seed}"
-        assert decoder._queried_ids[len(ids)] == (token if append else -1)
+        assert decoder._queried_ids[0, len(ids)] == (token if append else -1)
 
 
 @pytest.mark.parametrize("bulk_copies", [True, False])
@@ -468,6 +587,7 @@ class Edit(NamedTuple):
 STREAM = functools.partial(Edit, "stream.cuh")
 EXCHANGE = functools.partial(Edit, "exchange.cuh")
 CANDIDATES = functools.partial(Edit, "candidates.cuh")
+ITEMS = functools.partial(Edit, "items.cuh")
 ACTIVATIONS = functools.partial(Edit, "activations.cuh")
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(min_of(begin + i * step, count - 1)))"
@@ -620,12 +740,49 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "queried ids without the appended one": (
         BULK,
-        [CANDIDATES("known + appends(block)", "known + 0")],
+        [CANDIDATES("block.args.num_queried[row] + appends(block, row)", "block.args.num_queried[row]")],
     ),
     "token not appended": (
         BULK,
         [CANDIDATES("blockIdx.x == 0 && block.thread == 0", "false")],
     ),
+    # What is a row's own.
+    "one list of queried ids": (BULK, [CANDIDATES("list * MAX_QUERIED", "0 * list")]),
+    "another row's list": (BULK, [CANDIDATES("(1u << row) - 1", "(2u << row) - 1")]),
+    "marks of all rows in one place": (BULK, [CANDIDATES("row * MARK_WORDS", "0 * row")]),
+    "as many ids as the first row": (
+        BULK,
+        [
+            CANDIDATES(
+                "block.args.num_queried[row]",
+                "block.args.num_queried[0]",
+                "known = block.args.num_queried[row]",
+            )
+        ],
+    ),
+    "all rows append": (BULK, [CANDIDATES("block.args.append >> row", "block.args.append >> 7")]),
+    "another row's token appended": (
+        BULK,
+        [CANDIDATES("token_of(block, row)", "token_of(block, 0)", "= token_of(block, row);\n        }")],
+    ),
+    "another row's token queried": (
+        BULK,
+        [CANDIDATES("token_of(block, row)", "token_of(block, 0)", "list[i] : token_of(block, row)")],
+    ),
+    "rows of all slots in one": (
+        BULK,
+        [ITEMS("args.rows[first_row - 1].slot == args.rows[row].slot", "true")],
+    ),
+    "items of all slots in one": (
+        BULK,
+        [ITEMS("args.rows[end].slot == args.rows[first].slot", "true")],
+    ),
+    "one slot in the cache": (BULK, [ITEMS("args.rows[row].slot", "0", "+ args.rows[row].slot")]),
+    "the first row's splits for all": (
+        BULK,
+        [Edit("ffmini.cu", "items.splits(item.row) == 1", "items.splits(0) == 1")],
+    ),
+    "a finished row merged": (BULK, [Edit("ffmini.cu", "items.splits(row) == 1", "false")]),
     # Lanes and memory.
     "half a warp does not shuffle": (
         BULK,
@@ -770,6 +927,7 @@ class Mutable:
     def __init__(self, packed: PackedModel, cuda: Path, ring: str) -> None:
         self.tokens = case_tokens(packed, self.CASE.rows + 1)
         options = {"rows": self.CASE.rows, "bulk_copies": ring == BULK, "shared_limit": self.SHARED_LIMIT}
+        options["num_slots"] = 2
         self.decoder = SimDecoder(packed, MAX_SEQ_LEN, cuda=cuda, **options)
         exact = SimDecoder(packed, MAX_SEQ_LEN, **options)
         self.expected = {}
@@ -777,18 +935,23 @@ class Mutable:
             self.expected[exact.blocks] = self.results(exact)
 
     def results(self, decoder: SimDecoder) -> np.ndarray:
-        """Of a pass that sees one block of positions, one whose token comes by mail, two that see three.
+        """Of a pass that sees one block of positions, one whose token comes by mail, three that see three.
 
-        The first pass leaves out some of the candidates, the second none.
+        The first pass leaves out some of the candidates, the second none. The first and the last one have
+        rows of two slots; what the first one's two wanted rows are asked for differs.
         """
         rows = self.CASE.rows
-        first = decoder.listed(self.tokens[:rows], 0, self.QUERIED, {0: 0.8, rows - 1: 1.0}, append=True)
-        known = decoder._queried_ids[: len(self.QUERIED) + 1]
+        works = [Work(1, self.tokens[:3], 0, ()), Work(0, self.tokens[3:rows], 0, ())]
+        queries = {0: query(self.QUERIED, 1 / 0.8), rows - 1: query(self.QUERIED[::2])}
+        first = decoder.ask_rows(works, queries, appended=[rows - 1])
+        known = decoder._queried_ids[1, : len(self.QUERIED[::2]) + 1]
         mailbox = decoder.next_mail(int(self.tokens[rows]))
         known = np.union1d(known, np.setdiff1d(np.arange(64), self.FEW))
-        awaited = decoder.listed(self.tokens[rows:], rows, known, {0: 1.0}, mailbox=mailbox)
+        awaited = decoder.listed(self.tokens[rows:], rows - 3, known, {0: 1.0}, mailbox=mailbox)
         deep = deep_logits(decoder, self.tokens, rows)
-        return np.concatenate([*map(flat, [*first.values(), awaited[0]]), deep.reshape(-1)])
+        works = [Work(0, self.tokens[2:4], DEEP, ()), Work(1, self.tokens[:2], 7, ())]
+        mixed = decoder.launch(works, [1, 2])
+        return np.concatenate([*map(flat, [*first.values(), awaited[0]]), deep.ravel(), mixed.ravel()])
 
     def start(self, name: str | None, seed: int) -> None:
         """Like a new decoder, with the mistake `name`."""
@@ -911,6 +1074,8 @@ def run_all(decoder: SimDecoder, tokens: np.ndarray, gives_up: bool) -> None:
         decoder.seed = seed
         deep_logits(decoder, tokens, decoder.rows)
     decoder.forward(tokens, 0, "none")
+    if decoder.rows > 1:
+        decoder.launch([Work(1, tokens[:1], 0, ()), Work(0, tokens[1:2], DEEP, ())], [0])
     decoder.listed(tokens, 0, [3, 7], {0: 1.0}, append=True)
     mailbox = decoder.next_mail(int(tokens[0]), append=True)
     decoder.listed(tokens[:1], 0, [3, 7], {0: 1.0}, mailbox=mailbox)
@@ -943,6 +1108,7 @@ def test_every_line_runs(pack: Callable[[Case], PackedModel]) -> None:
             blocks=case.blocks,
             bulk_copies=ring == BULK,
             part_segments=1 if "parts" in name else None,
+            num_slots=2,
             **options,
         )
         run_all(decoder, case_tokens(packed, case.rows), name.endswith("given up"))

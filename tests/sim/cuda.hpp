@@ -75,6 +75,10 @@ inline uint32_t __float_as_uint(float f) {
     return bits;
 }
 
+inline int __popc(uint32_t x) {
+    return __builtin_popcount(x);
+}
+
 inline void __syncthreads(SIM_SITE) {
     sim::machine.barrier(0, false, {"__syncthreads", file, line});
 }

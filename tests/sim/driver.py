@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from ffmini.kernel import (
 )
 from ffmini.layout import ceil_div
 from ffmini.packing import LAYER_MATRICES, PackedModel, vectors_length
+from ffmini.passes import Work
 from ffmini.resources import resource_dir
 from ffmini.results import HostMemory, check_query
 from ffmini.rope import rope_tables
@@ -187,6 +189,7 @@ class SimDecoder:
         max_seq_len: int,
         *,
         rows: int = 8,
+        num_slots: int = 1,
         blocks: int = 3,
         seed: int = 0,
         shared_limit: int = SHARED_LIMIT,
@@ -200,7 +203,7 @@ class SimDecoder:
     ) -> None:
         """`part_segments`: of down_proj's input at a time; the rest as kernel_defines says."""
         self.config, self.max_seq_len, self.device = packed.config, max_seq_len, "sim"
-        self.rows, self.blocks, self.seed = rows, blocks, seed
+        self.rows, self.num_slots, self.blocks, self.seed = rows, num_slots, blocks, seed
         self.lost_packet: int | None = None
         self.give_up = False
         self._sent: np.ndarray | None = None
@@ -244,7 +247,7 @@ class SimDecoder:
         for i, layer in enumerate(packed.layers):
             self._layers[i] = np.concatenate([getattr(layer, name) for name in LAYER_MATRICES])
             self._vectors[i, : layer.vectors.size] = layer.vectors
-        shape = (config.num_layers, 1, config.num_kv_heads, self.max_seq_len, config.head_dim)
+        shape = (config.num_layers, self.num_slots, config.num_kv_heads, self.max_seq_len, config.head_dim)
         self.key_cache = guarded_array(shape, np.uint16)
         self.value_cache = guarded_array(shape, np.uint16)
         packets = int(self.build_info["exchange_packets"])
@@ -252,7 +255,7 @@ class SimDecoder:
         self.exchange = guarded_array((packets,), PACKET)
         self._logits = guarded_array((self.rows, config.vocab_size), np.float32)
         self._gave_up = guarded_array((1,), np.uint32)
-        self._queried_ids = guarded_array((MAX_QUERIED,), np.int32)
+        self._queried_ids = guarded_array((self.rows, MAX_QUERIED), np.int32)
         self._host = guarded_array((HostMemory.nbytes(self.rows),), np.uint8)
         self.host = HostMemory(self._host, self.rows)
         shape = (config.num_layers + 1, int(self.build_info["marks"]), self.blocks)
@@ -283,7 +286,7 @@ class SimDecoder:
         self._args["status"] = self.host.status.ctypes.data
         self._args["mailbox"] = self.host.mailbox.ctypes.data
         self._arrays["host memory"] = self._host
-        self._args["num_slots"] = 1
+        self._args["num_slots"] = self.num_slots
         self._args["spin_limit_ns"] = 10**9
         self._args["token_limit_ns"] = TOKEN_LIMIT_NS
 
@@ -302,8 +305,8 @@ class SimDecoder:
         """Set the library's own variable `name`, an int."""
         ctypes.c_int.in_dll(self._library, name).value = value
 
-    def forward(self, tokens: np.ndarray, start: int, logits: str = "last") -> np.ndarray:
-        """Run tokens [R] at positions start .. start + R - 1 in passes of up to `rows` rows.
+    def forward(self, tokens: np.ndarray, start: int, logits: str = "last", slot: int = 0) -> np.ndarray:
+        """Run tokens [R] at positions start .. start + R - 1 of a slot in passes of up to `rows` rows.
 
         `logits`: "last" gives float32 [1, vocab_size], "all" [R, vocab_size], "none" [0, vocab_size].
         """
@@ -314,21 +317,19 @@ class SimDecoder:
             wanted = list(range(len(piece))) if logits == "all" else []
             if logits == "last" and at + len(piece) == len(tokens):
                 wanted = [len(piece) - 1]
-            pieces.append(self.launch(piece, start + at, wanted))
+            pieces.append(self.launch([Work(slot, piece, start + at, ())], wanted))
         return np.concatenate(pieces)
 
-    def launch(self, tokens: np.ndarray, start: int, wanted: list[int]) -> np.ndarray:
-        """One pass; the logits [len(wanted), vocab_size] of the rows in `wanted`."""
-        self._run(tokens, start, wanted)
+    def launch(self, works: Sequence[Work], wanted: list[int]) -> np.ndarray:
+        """One pass of all works' rows; the logits [len(wanted), vocab_size] of those in `wanted`."""
+        self._run(works, wanted)
         return self._logits[wanted].copy()
 
     def candidates(self, tokens: np.ndarray, start: int, query: Query) -> Candidates:
         """What the last of `tokens`, run from position `start` on, says; see ffmini/candidates.py."""
         first = (len(tokens) - 1) // self.rows * self.rows
         self.forward(tokens[:first], start, "none")
-        last = len(tokens) - first - 1
-        temperatures = {last: query.inverse_temperature}
-        return self.listed(tokens[first:], start + first, query.token_ids, temperatures)[last]
+        return self.ask([Work(0, tokens[first:], start + first, (query,))])[0][0]
 
     def listed(
         self,
@@ -339,26 +340,48 @@ class SimDecoder:
         append: bool = False,
         mailbox: int | None = None,
     ) -> dict[int, Candidates]:
-        """One pass: what it says of each of the rows that have an inverse temperature.
+        """One pass: what it says of each of the rows that have an inverse temperature, all asked for `ids`.
 
-        The queried tokens are `ids` and, with `append`, the last of `tokens`, which joins them on the device
-        too. With `mailbox`, what the mailbox holds from before the launch on, the pass awaits its one token.
+        With `append` each is asked for its own token too, which joins its ids on the device. With `mailbox`,
+        what the mailbox holds from before the launch on, the pass awaits its one token.
         """
-        host, args = self.host, self._args
-        ids = check_query(Query(ids, np.float32(1)), self.config.vocab_size)
-        self._queried_ids[: len(ids)] = ids
-        args["candidates"] = host.results.ctypes.data
-        args["num_queried"], args["append"] = len(ids), append
-        for row, inverse_temperature in inverse_temperatures.items():
-            args["inverse_temperature"][row] = inverse_temperature
         if mailbox is not None:
-            host.mailbox[0] = mailbox
-            tokens, append = np.array([AWAITED]), bool(mailbox >> 63)
+            self.host.mailbox[0] = mailbox
+            tokens = np.array([AWAITED])
+        queries = {row: Query(ids, x) for row, x in inverse_temperatures.items()}
+        appended = list(queries) if append else []
+        return self.ask_rows([Work(0, tokens, start, ())], queries, appended)
+
+    def ask(self, works: Sequence[Work]) -> list[list[Candidates]]:
+        """One pass of all works' rows: what it says of each work's queries."""
+        ends = np.cumsum([len(work.tokens) for work in works])
+        rows = [range(end - len(work.queries), end) for work, end in zip(works, ends, strict=True)]
+        pairs = zip(rows, works, strict=True)
+        queries = {row: query for r, w in pairs for row, query in zip(r, w.queries, strict=True)}
+        found = self.ask_rows(works, queries)
+        return [[found[row] for row in of_work] for of_work in rows]
+
+    def ask_rows(
+        self, works: Sequence[Work], queries: dict[int, Query], appended: Sequence[int] = ()
+    ) -> dict[int, Candidates]:
+        """One pass: what it says of the rows that have a query; those `appended` have their token too."""
+        args, counts = self._args, {}
+        args["append"] = sum(1 << row for row in appended)
+        args["num_queried"] = -1
+        for place, row in enumerate(sorted(queries)):
+            ids = check_query(queries[row], self.config.vocab_size)
+            self._queried_ids[place, : len(ids)] = ids
+            args["num_queried"][row] = counts[row] = len(ids)
+            args["inverse_temperature"][row] = queries[row].inverse_temperature
+        args["candidates"] = self.host.results.ctypes.data
         try:
-            self._run(tokens, start, list(inverse_temperatures))
+            self._run(works, list(queries))
         finally:
             args["candidates"] = 0
-        return {row: self.assemble(row, len(ids) + append) for row in inverse_temperatures}
+        awaited = works[0].tokens[0] == AWAITED and int(self.host.mailbox[0]) >> 63
+        return {
+            row: self.assemble(row, count + bool(row in appended or awaited)) for row, count in counts.items()
+        }
 
     def assemble(self, row: int, num_queried: int) -> Candidates:
         """What the last pass says of a row; SimError if a packet of it is missing."""
@@ -367,15 +390,17 @@ class SimDecoder:
             raise SimError(f"row {row}: results are missing")
         return results.assemble(num_queried, fetched.copy)
 
-    def _run(self, tokens: np.ndarray, start: int, wanted: list[int]) -> None:
+    def _run(self, works: Sequence[Work], wanted: list[int]) -> None:
         self._pass += 1
         args = self._args
         args["pass"] = self._pass
-        args["num_rows"] = len(tokens)
+        args["num_rows"] = count = sum(len(work.tokens) for work in works)
         args["logits_rows"] = sum(1 << row for row in wanted)
         args["rows"] = 0
-        args["rows"]["token"][: len(tokens)] = tokens
-        args["rows"]["position"][: len(tokens)] = np.arange(start, start + len(tokens))
+        rows = args["rows"][:count]
+        rows["token"] = np.concatenate([work.tokens for work in works])
+        rows["position"] = np.concatenate([work.start + np.arange(len(work.tokens)) for work in works])
+        rows["slot"] = np.repeat([work.slot for work in works], [len(work.tokens) for work in works])
         self._logits[...] = np.nan
         lost = None if self.lost_packet is None else self.exchange[self.lost_packet :].ctypes.data
         sent, count = (None, 0) if self._sent is None else (self._sent.ctypes.data, len(self._sent))
@@ -409,7 +434,7 @@ class SimDecoder:
         packets["tag"] = (self._pass + 1) * len(layers) + layer_of_packet
         self._sent = guarded_array((len(words),), PACKET)
         try:
-            logits = self.launch(tokens, start, list(range(len(tokens))))
+            logits = self.launch([Work(0, tokens, start, ())], list(range(len(tokens))))
             return stages(self._sent, self.config, self.rows, len(tokens)), logits
         finally:
             self._sent = None
