@@ -152,7 +152,7 @@ def fill_cache(decoder: Decoder, positions: int, seed: int = SEED) -> None:
             part = slice(start, start + count)
             bits = to_bf16(rng.standard_normal((config.num_kv_heads, count, config.head_dim), np.float32))
             if isinstance(decoder, CPUDecoder):
-                cache[:, :, part] = from_bf16(bits)
+                cache[:, 0, :, part] = from_bf16(bits)
             else:
                 with cache.device:
                     cache[:, 0, :, part] = gpu.import_cupy().asarray(bits)

@@ -21,10 +21,11 @@ from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
 from .convert import pack_checkpoint
 from .cpu import CPUDecoder
-from .errors import BusyError, DeviceError, UnsupportedError
+from .errors import BusyError, DeviceError, GenerationError, UnsupportedError
 from .layout import FORMATS
 from .options import GenerationOptions, OptionsDict, resolve_options
 from .packing import PackedModel, is_packed, read_packed
+from .passes import Work
 from .resources import resource_dir
 from .sampler import Sampler, TokenLogprobs
 from .tokenizer import Tokenizer
@@ -129,7 +130,10 @@ class _Run:
         began = perf_counter()
         if not self._begun:
             self._begin()
-        token, logprobs = self._sampler.sample(self._model._decoder.candidates())
+        [[said]] = self._model._decoder.candidates()
+        if not said.finite:
+            raise GenerationError("non-finite logits: finite numbers expected from every pass")
+        token, logprobs = self._sampler.sample(said)
         self._begun = False
         if not self._tokens:
             self._prompt_seconds, began = perf_counter() - began, perf_counter()
@@ -176,7 +180,7 @@ class _Run:
         if new == 0:
             _begin_prompt(decoder, self._prompt, query, ahead)
         else:
-            decoder.begin(np.array(self._tokens[-1:]), prompt + new - 1, query, ahead)
+            decoder.begin([Work(0, np.array(self._tokens[-1:]), prompt + new - 1, (query,))], ahead)
         self._begun = True
 
     def _show(self, token: int) -> str:
@@ -493,7 +497,7 @@ def _begin_prompt(decoder: Decoder, ids: np.ndarray, query: Query, ahead: bool) 
     last = (len(ids) - 1) // PROMPT_CHUNK * PROMPT_CHUNK
     for start in range(0, last, PROMPT_CHUNK):
         decoder.forward(ids[start : start + PROMPT_CHUNK], start, "none")
-    decoder.begin(ids[last:], last, query, ahead)
+    decoder.begin([Work(0, ids[last:], last, (query,))], ahead)
 
 
 _last_lock = threading.Lock()

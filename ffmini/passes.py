@@ -1,8 +1,23 @@
-"""What every decoder's forward() demands of its arguments."""
+"""What a decoder's passes are asked for, and what every decoder demands of that."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+
+from .candidates import Query
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one sequence adds to a pass: tokens at consecutive positions of its slot."""
+
+    slot: int
+    tokens: np.ndarray  # integers [n], n > 0
+    start: int  # the position of the first
+    queries: tuple[Query, ...]  # what is asked of the last rows' logits, one each; none: only K and V count
 
 
 def check_pass(tokens: np.ndarray, start: int, logits: str, max_seq_len: int, vocab_size: int) -> None:
@@ -20,3 +35,44 @@ def check_pass(tokens: np.ndarray, start: int, logits: str, max_seq_len: int, vo
     ids = tokens.tolist()  # faster than NumPy for the one token of most passes
     if min(ids) < 0 or max(ids) >= vocab_size:
         raise ValueError(f"token ids must be in [0, {vocab_size}), found {tokens}")
+
+
+def check_slot(slot: int, num_slots: int) -> None:
+    """Raise ValueError unless there is a slot of this number."""
+    if not 0 <= slot < num_slots:
+        raise ValueError(f"slot {slot} asked for, 0 to {num_slots - 1} exist")
+
+
+def check_works(works: Sequence[Work], num_slots: int, max_rows: int, ahead: bool) -> None:
+    """Raise ValueError unless `works` are for distinct slots and ask of at most `max_rows` rows together.
+
+    What `check_pass` demands of each one's tokens is not looked at.
+    """
+    for work in works:
+        check_slot(work.slot, num_slots)
+        if len(work.queries) > len(work.tokens):
+            raise ValueError(f"{len(work.queries)} queries of {len(work.tokens)} rows: at most one each")
+    if not works or len({work.slot for work in works}) < len(works):
+        raise ValueError(f"works of distinct slots expected, found {[work.slot for work in works]}")
+    rows = sum(len(work.queries) for work in works)
+    if rows > max_rows:
+        raise ValueError(f"at most {max_rows} queries in one call expected, found {rows}")
+    if ahead and (len(works) > 1 or rows != 1):
+        raise ValueError(f"one work with one query to go ahead of expected, found {len(works)} with {rows}")
+
+
+def check_cache(
+    bits: np.ndarray, num_layers: int, num_kv_heads: int, head_dim: int, max_seq_len: int
+) -> None:
+    """Raise ValueError unless `bits` can be keys or values of a slot's first positions.
+
+    That is finite bf16 bits, uint16 [num_layers, num_kv_heads, count, head_dim], count <= max_seq_len.
+    """
+    count = bits.shape[2] if bits.ndim == 4 else 0
+    if bits.dtype != np.uint16 or bits.shape != (num_layers, num_kv_heads, count, head_dim):
+        expected = f"uint16 [{num_layers}, {num_kv_heads}, n, {head_dim}]"
+        raise ValueError(f"keys and values: {expected} expected, found {bits.dtype} {list(bits.shape)}")
+    if count > max_seq_len:
+        raise ValueError(f"keys and values of at most {max_seq_len} positions expected, found {count}")
+    if ((bits & 0x7F80) == 0x7F80).any():
+        raise ValueError("keys and values: finite numbers expected, found others")

@@ -10,6 +10,7 @@ from ffmini.gpu import GPUDecoder
 from ffmini.kernel import LISTED
 from ffmini.layout import TILE_ROWS, ceil_div
 from ffmini.numerics import from_bf16
+from ffmini.passes import Work
 
 # Per stage, fed with the same input, norm over norm. A bf16 rounding of a normed input may fall to the other
 # side when the sum of squares is added in another order: FLIP is what one such element is worth.
@@ -47,8 +48,8 @@ def share_cache(oracle: CPUDecoder, key_cache: np.ndarray, value_cache: np.ndarr
         (oracle.key_cache, key_cache, KEY_ROTATION),
         (oracle.value_cache, value_cache, VALUE_ROTATION),
     ):
-        target[:, :, :start] = from_bf16(plain(bits[:, :, :start], rotation))
-        target[:, :, start:] = 1e30  # finite, and seen if anything reads it before it is written
+        target[:, 0, :, :start] = from_bf16(plain(bits[:, :, :start], rotation))
+        target[:, 0, :, start:] = 1e30  # finite, and seen if anything reads it before it is written
 
 
 def check_stages(
@@ -95,8 +96,9 @@ def ask(
     decoder: CPUDecoder | GPUDecoder, tokens: np.ndarray, start: int, asked: Query, ahead: bool = False
 ) -> Candidates:
     """What the decoder says of `tokens` [R] at positions start .. start + R - 1."""
-    decoder.begin(tokens, start, asked, ahead)
-    return decoder.candidates()
+    decoder.begin([Work(0, tokens, start, (asked,))], ahead)
+    [[said]] = decoder.candidates()
+    return said
 
 
 def check_logits(packed_error: float, own_error: float) -> None:

@@ -103,9 +103,10 @@ class ScriptedDecoder:
         finally:
             self._inside.release()
 
-    def begin(self, tokens, start, query, ahead=False):
+    def begin(self, works, ahead=False):
         self.ahead.append(ahead)
-        self._said = summarise(self.forward(tokens, start)[0], query)
+        [work] = works
+        self._said = [[summarise(self.forward(work.tokens, work.start)[0], work.queries[0])]]
 
     def candidates(self):
         return self._said

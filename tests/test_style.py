@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules before it; what stands on one line is independent of each other.
 CHAIN = [
-    {"errors", "numerics", "layout", "passes", "candidates"},
-    {"memory", "resources", "config"},
+    {"errors", "numerics", "layout", "candidates"},
+    {"memory", "resources", "config", "passes"},
     {"checkpoint", "rope", "quant"},
     {"packing"},
     {"convert", "cpu", "kernel", "options", "tokenizer"},
