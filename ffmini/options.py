@@ -14,6 +14,7 @@ from .config import GenerationDefaults
 
 ALIASES = {"max_tokens": "max_new_tokens", "repeat_penalty": "repetition_penalty"}
 MAX_BIAS = 1e6
+_LISTS = ("stop", "stop_token_ids")  # whose values may be lists
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,26 @@ def resolve_options(
             stacklevel=4,
         )
     return options
+
+
+def split_options(given: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """`given` for each of `count` prompts: a list or tuple holds one value per prompt, None for the default.
+
+    stop and stop_token_ids may be lists themselves: one of them holds one value per prompt if there is a list
+    or tuple in it. Anything else is for all prompts. ValueError for a list of another length.
+    """
+    split: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, value in given.items():
+        is_list = isinstance(value, (list, tuple))
+        if is_list and name in _LISTS:
+            is_list = any(isinstance(item, (list, tuple)) for item in value)
+        if is_list and len(value) != count:
+            raise ValueError(
+                f"{name}: a list of {count} values, one per prompt, expected, found {len(value)}"
+            )
+        for i, options in enumerate(split):
+            options[name] = value[i] if is_list else value
+    return split
 
 
 def _canonical_names(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -403,6 +403,15 @@ def test_info_needs_no_weights(run, talker, tmp_path):
     assert status == 0 and "for 100 tokens on the CPU" in out and out.rstrip().endswith("fits")
 
 
+def test_info_counts_slots(run, talker):
+    status, out, _ = run(
+        "info", "--device", "cpu", "-m", talker, "--max-seq-len", 4096, "--max-batch-size", 3
+    )
+    assert status == 0 and "3.0 MiB of KV cache for 3 sequences of 4096 tokens" in out
+    status, _, err = run("info", "--device", "cpu", "-m", talker, "--max-batch-size", 17)
+    assert status == 1 and "max_batch_size must be an integer from 1 to 16, not 17" in err
+
+
 def test_info_compares_with_what_is_free(run, talker, monkeypatch):
     monkeypatch.setattr(info, "available_memory", lambda: 1000)
     status, out, _ = run("info", "--device", "cpu", "-m", talker)
@@ -426,3 +435,5 @@ def test_needed_memory_is_float32_on_the_cpu(talker, dtype):
     assert sum(part.nbytes_on_cpu for part in parts) == 4 * weights
     line = info.needed_line(packed.config, parts, 4096, None)
     assert line.startswith(f"needs {4 * weights / 2**20:.1f} MiB of weights + 1.0 MiB of KV cache")
+    line = info.needed_line(packed.config, parts, 4096, None, slots=3)
+    assert "+ 3.0 MiB of KV cache for 3 sequences of 4096 tokens on the CPU" in line

@@ -21,6 +21,8 @@ CHAIN = [
     {"results"},
     {"gpu"},
     {"sampler"},
+    {"generation"},
+    {"engine"},
     {"model"},
     {"__init__"},
     {"shapes", "info", "report"},
