@@ -108,7 +108,8 @@ class Engine:
         if not runs:
             return
         self._begun = runs
-        works = [run.work() for run in runs]
+        most_drafts = decoder.max_rows // len(runs) - 1
+        works = [run.work(most_drafts) for run in runs]
         ahead = self._ahead and len(runs) == 1 and not self._ready and runs[0].may_go_ahead
         try:
             decoder.begin(works, ahead)

@@ -10,6 +10,7 @@ import numpy as np
 from .candidates import Candidates
 from .config import ModelConfig
 from .errors import GenerationError
+from .lookup import PromptLookup
 from .options import GenerationOptions
 from .passes import Work
 from .sampler import Sampler, TokenLogprobs
@@ -112,6 +113,9 @@ class Run:
         self._has_stops = len(options.stop) > 0
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] | None = None if options.logprobs is None else []
+        most = options.prompt_lookup_num_tokens
+        self._lookup = PromptLookup(prompt.tolist(), most) if most else None
+        self._drafts: list[int] = []  # guesses at the tokens of the rows of `work`
         self._read = 0  # tokens whose text is in the two below
         self._text: list[str] = []
         self._fresh = ""  # not yet asked for
@@ -125,34 +129,57 @@ class Run:
 
     @property
     def may_go_ahead(self) -> bool:
-        """Whether a token may follow the one that the next pass yields."""
-        return len(self._tokens) + 1 < self._budget
+        """Whether the pass of `work` has one query, whose token another one may follow."""
+        return not self._drafts and len(self._tokens) + 1 < self._budget
 
     def held(self) -> np.ndarray:
         """The tokens whose K and V its slot holds, int64 [computed]."""
         return np.concatenate((self.prompt, np.array(self._tokens, np.int64)))[: self.computed]
 
-    def work(self) -> Work:
-        """What the next pass is to run: the rest of the prompt, or the newest token."""
+    def work(self, most_drafts: int) -> Work:
+        """What the next pass is to run: the rest of the prompt, or the newest token and guesses at the next.
+
+        At most `most_drafts` guesses; each row from the newest token's on has a query.
+        """
         if not self._tokens:
             rest = self.prompt[self.computed :]
             return Work(self.slot, rest, self.computed, (self._sampler.query(),))
-        return Work(self.slot, np.array(self._tokens[-1:]), self.computed, (self._sampler.query(),))
+        if self._lookup is not None:
+            self._drafts = self._lookup.propose(min(most_drafts, self._budget - len(self._tokens) - 1))
+        if not self._drafts:
+            return Work(self.slot, np.array(self._tokens[-1:]), self.computed, (self._sampler.query(),))
+        tokens = np.array([self._tokens[-1], *self._drafts])
+        return Work(self.slot, tokens, self.computed, self._sampler.queries(self._drafts))
 
     def take(self, said: Sequence[Candidates]) -> None:
-        """Sample from what the pass of `work` said of its rows; GenerationError if that can't be."""
-        [candidates] = said
-        if not candidates.finite:
+        """Sample from what the pass of `work` said of its rows, as far as the guesses come true.
+
+        A row after a wrong guess tells nothing of this text; its K and V are written over by the next pass.
+        GenerationError if there is nothing to sample from.
+        """
+        for i, row in enumerate(said):
+            token = self._take_row(row)
+            if not self.goes_on or i == len(self._drafts) or token != self._drafts[i]:
+                break
+        if self._drafts:
+            self._lookup.judge(len(self._drafts), i)
+
+    def _take_row(self, row: Candidates) -> int:
+        """Add the token that is sampled from a row; returns it."""
+        if not row.finite:
             raise GenerationError("non-finite logits: finite numbers expected from every pass")
-        token, logprobs = self._sampler.sample(candidates)
+        token, logprobs = self._sampler.sample(row)
         self.computed = len(self.prompt) + len(self._tokens)
         self._tokens.append(token)
+        if self._lookup is not None:
+            self._lookup.note(token)
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(logprobs)
         if self._has_stops:
             self._read_token()
         ends = token in self._sampler.end_token_ids or len(self._tokens) == self._budget
         self.goes_on = not (ends or self._filter.stopped)
+        return token
 
     def fail(self, error: GenerationError) -> None:
         """End the text here, because of `error`."""

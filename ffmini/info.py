@@ -150,8 +150,8 @@ def needed_line(
     sequences = "" if slots == 1 else f"{slots} sequences of "
     verdict = "fits" if weights + cache <= free else "does not fit"
     return (
-        f"needs {_mib(weights)} of weights + {_mib(cache)} of KV cache for {sequences}{max_seq_len} tokens on {where}; "
-        f"{_mib(free)} free: {verdict}"
+        f"needs {_mib(weights)} of weights + {_mib(cache)} of KV cache for {sequences}{max_seq_len} tokens "
+        f"on {where}; {_mib(free)} free: {verdict}"
     )
 
 

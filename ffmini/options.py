@@ -39,6 +39,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     stop_token_ids: tuple[int, ...] = ()  # end the text like EOS
     ignore_eos: bool = False  # EOS is a token like any other
+    prompt_lookup_num_tokens: int = 0  # guess up to so many tokens from earlier text; alters the speed alone
     logprobs: int | None = None  # report log-probabilities of the chosen token and of the n most likely
 
 
@@ -61,6 +62,7 @@ class OptionsDict(TypedDict, total=False):
     stop: str | Iterable[str] | None
     stop_token_ids: int | Iterable[int] | None
     ignore_eos: bool | None
+    prompt_lookup_num_tokens: int | None
     logprobs: int | None
 
 
@@ -225,5 +227,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stop": _strings,
     "stop_token_ids": _token_ids,
     "ignore_eos": _flag,
+    "prompt_lookup_num_tokens": _integer(0),
     "logprobs": _integer(0),
 }

@@ -12,6 +12,7 @@ import pytest
 from test_model import write_tokenizer
 from tiny import tiny_config, write_checkpoint
 
+from ffmini.candidates import NON_FINITE
 from ffmini.errors import BusyError, GenerationError
 from ffmini.generation import Completion, Timings
 from ffmini.model import Model, load
@@ -278,3 +279,100 @@ def test_load_says_how_many_slots_there_are(checkpoint: Path, capsys: pytest.Cap
         "on cpu, context 700, KV cache 0.3 MiB"
     )  # 2 * 2 layers * 2 heads * 32 * 700 * 2 bytes
     assert four.endswith("on cpu, 4 slots of context 700, KV cache 1.4 MiB")
+
+
+# ---- drafts --------------------------------------------------------------------------------------------
+
+PHRASE = "the old king and the young king and the "
+
+
+@pytest.fixture
+def passes(batched: Model, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Of every begin(), the number of queries of each sequence."""
+    counts: list[list[int]] = []
+    begin = batched._decoder.begin
+
+    def count(works: Any, ahead: bool = False) -> None:
+        counts.append([len(work.queries) for work in works])
+        begin(works, ahead)
+
+    monkeypatch.setattr(batched._decoder, "begin", count)
+    return counts
+
+
+# Peaked by a bias, so that a random model repeats itself and some guesses come true.
+REPEATING: list[dict[str, Any]] = [
+    {"temperature": 0.0, "logit_bias": dict.fromkeys(PHRASE.encode(), 6.0)},
+    {"temperature": 0.7, "logit_bias": {32: 14.0, 97: 13.0}, "logprobs": 2},
+    {"temperature": 0.7, "top_k": 3, "logit_bias": {32: 9.0, 97: 9.0}},
+    {"temperature": 0.9, "top_p": 0.9, "logit_bias": {32: 12.0, 97: 12.0}, "repetition_penalty": 1.1},
+    {"temperature": 1.0, "logit_bias": {32: 12.0}, "presence_penalty": 0.3, "frequency_penalty": 0.05},
+    {"temperature": 0.8, "logit_bias": {32: 13.0, 97: 12.0}, "stop": ["  a "], "logprobs": 0},
+    {"temperature": 0.8, "logit_bias": {32: 13.0, EOS: 9.0}, "min_new_tokens": 20},
+]
+
+
+@pytest.mark.parametrize("options", REPEATING, ids=range(len(REPEATING)))
+@pytest.mark.parametrize("drafts", [1, 5, 500])
+def test_drafts_change_no_text(
+    batched: Model, passes: list[list[int]], options: dict[str, Any], drafts: int
+) -> None:
+    drafted = accepted = 0
+    for seed in range(4):
+        options = {**options, "seed": seed, "max_new_tokens": 70}
+        expected = batched.generate(PHRASE, **options)
+        passes.clear()
+        found = batched.generate(PHRASE, prompt_lookup_num_tokens=drafts, **options)
+        assert plain(found) == plain(expected)
+        drafted += sum(rows - 1 for [rows] in passes)
+        accepted += len(found.tokens) - len(passes)
+        assert max(rows for [rows] in passes) <= min(drafts, 63) + 1
+        stream = batched.stream(PHRASE, prompt_lookup_num_tokens=drafts, **options)
+        assert "".join(stream) == expected.text and plain(stream.completion) == plain(expected)
+    # Both ways are taken.
+    assert accepted > 0 and (accepted < drafted or options["temperature"] == 0)
+
+
+@pytest.mark.parametrize("rows", [2, 7])
+def test_drafts_in_a_batch(
+    batched: Model, passes: list[list[int]], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sequences of a pass share its rows; what they say stays the same."""
+    requests = [(PHRASE, {"seed": i, "max_new_tokens": 40, **o}) for i, o in enumerate(REPEATING)]
+    prompts, options = in_lists(requests)
+    expected = batched.generate(prompts, **options)
+    passes.clear()
+    monkeypatch.setattr(batched._decoder, "max_rows", rows)
+    found = batched.generate(prompts, prompt_lookup_num_tokens=[8, 8, None, 8, 1, 8, 8], **options)
+    assert [plain(completion) for completion in found] == [plain(completion) for completion in expected]
+    assert all(sum(counts) <= rows for counts in passes)
+    assert max(map(max, passes)) == (2 if rows == 2 else 7)
+
+
+def test_drafts_end_with_the_context(batched: Model, passes: list[list[int]]) -> None:
+    prompt = "ab" * 345
+    options = {"logit_bias": {97: 50.0}, "ignore_eos": True}
+    found = batched.generate(prompt, prompt_lookup_num_tokens=20, **options)
+    assert found.finish_reason == "length" and found.usage.total_tokens == MAX_SEQ_LEN
+    assert len(passes) < 10
+
+
+def test_text_with_nothing_to_look_up_is_seldom_guessed(batched: Model, passes: list[list[int]]) -> None:
+    options = {"temperature": 1.0, "seed": 1, "max_new_tokens": 300, "ignore_eos": True}
+    batched.generate("ab" * 50, prompt_lookup_num_tokens=8, **options)
+    assert sum(rows - 1 for [rows] in passes) < 30
+
+
+def test_rows_after_a_wrong_guess_are_not_looked_at(
+    batched: Model, passes: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text is 99 for ever; 5 is guessed once, and what follows 5 is not finite."""
+    candidates = batched._decoder.candidates
+    monkeypatch.setattr(
+        batched._decoder,
+        "candidates",
+        lambda: [[rows[0], *[NON_FINITE] * 8][: len(rows)] for rows in candidates()],
+    )
+    options = {"max_new_tokens": 4, "logit_bias": {99: 90.0}, "prompt_lookup_num_tokens": 1}
+    assert batched.generate([99, 99, 5, 1], **options).tokens == [99] * 4
+    assert passes == [[1], [1], [2], [1]]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules before it; what stands on one line is independent of each other.
 CHAIN = [
-    {"errors", "numerics", "layout", "candidates"},
+    {"errors", "numerics", "layout", "candidates", "lookup"},
     {"memory", "resources", "config", "passes"},
     {"checkpoint", "rope", "quant"},
     {"packing"},
