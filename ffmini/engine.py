@@ -1,14 +1,18 @@
 """Runs several sequences at once: which slot each one has, and which of them the next pass advances.
 
 Sequences enter when a slot is free and leave when they end, in the middle of the others' texts. What one of
-them says does not depend on the others: not on who is in its passes, nor on which slot it has.
+them says does not depend on the others: not on who is in its passes, nor on which slot it has. A slot that
+was left keeps its keys and values, and a prompt that begins like what they are of is computed from there on.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
+
+import numpy as np
 
 from .cpu import CPUDecoder
 from .errors import GenerationError
@@ -20,12 +24,35 @@ Decoder = CPUDecoder | GPUDecoder
 PROMPT_CHUNK = 512  # rows per call of the decoder, between which Ctrl-C is noticed
 
 
+@dataclass
+class _Slot:
+    """Room for one sequence's keys and values."""
+
+    run: Run | None = None  # that has it
+    tokens: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  # once left: whose K and V it holds
+    left: int = 0  # when, counted in slots left
+
+    def cached(self, prompt: np.ndarray) -> int:
+        """How many of the prompt's first tokens need not be computed: never the last, whose logits count."""
+        return min(common_prefix(self.tokens, prompt), len(prompt) - 1)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many first elements of `a` [n] and `b` [m] are equal."""
+    length = min(len(a), len(b))
+    differ = np.flatnonzero(a[:length] != b[:length])
+    return int(differ[0]) if len(differ) else length
+
+
 class Engine:
     """Drives runs on one decoder, as many at a time as it has slots; the others wait."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._slots: list[Run | None] = [None] * decoder.num_slots
+        self._slots = [_Slot() for _ in range(decoder.num_slots)]
+        self._times_left = 0  # of all slots
         self._waiting: deque[Run] = deque()  # for a slot
         self._ready: deque[Run] = deque()  # have a slot and wait for their next pass
         self._begun: list[Run] = []  # in the pass under way
@@ -83,20 +110,51 @@ class Engine:
         """Let go of all runs, whatever went wrong before, and leave nothing under way."""
         for queue in (self._waiting, self._ready, self._begun, self._failed):
             queue.clear()
-        for run in self._slots:
-            if run is not None:
-                self._release(run)
+        for slot in self._slots:
+            if slot.run is not None:
+                self._release(slot.run)
         self._began_at.clear()
         self._decoder.settle()
 
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits (float32 [n, vocab_size]) after each of `tokens` (int64 [n]), in a slot of their own."""
+        self.stop()
+        number = self._choose(tokens)
+        slot = self._slots[number]
+        slot.tokens = slot.tokens[:0]
+        out = np.empty((len(tokens), self._decoder.config.vocab_size), np.float32)
+        for start in range(0, len(tokens), PROMPT_CHUNK):
+            rows = slice(start, start + PROMPT_CHUNK)
+            out[rows] = self._decoder.forward(tokens[rows], start, "all", number)
+        self._leave(slot, tokens)
+        return out
+
+    def _choose(self, prompt: np.ndarray) -> int:
+        """The free slot for `prompt`: one with much of it, else the one that was left first."""
+
+        def merit(number: int) -> tuple[int, int]:
+            slot = self._slots[number]
+            cached = slot.cached(prompt)
+            # All prompts may begin alike, if with one token only: that is no reason to write over the rest.
+            is_much = 2 * cached >= min(len(prompt), len(slot.tokens))
+            return cached if is_much else 0, -slot.left
+
+        return max((i for i, slot in enumerate(self._slots) if slot.run is None), key=merit)
+
     def _admit(self) -> None:
-        """Give free slots to runs that wait for one."""
-        while self._waiting and None in self._slots:
+        """Give free slots to runs that wait for one, and run their prompts up to the last chunk."""
+        while self._waiting and any(slot.run is None for slot in self._slots):
             run = self._waiting.popleft()
-            run.slot = self._slots.index(None)
-            self._slots[run.slot] = run
+            number = self._choose(run.prompt)
+            slot = self._slots[number]
+            run.enter(number, slot.cached(run.prompt))
+            slot.run = run
             self._began_at[run] = self._now()
-            self._ready.append(run)
+            try:
+                self._run_prompt(run)
+                self._ready.append(run)
+            except GenerationError as error:
+                self._fail(run, error)
 
     def _begin(self) -> None:
         """Start the next pass, with those that have waited longest, as many as it has rows for."""
@@ -104,9 +162,9 @@ class Engine:
             self._admit()
         decoder = self._decoder
         count = min(len(self._ready), decoder.max_rows)
-        runs = [run for run in [self._ready.popleft() for _ in range(count)] if self._run_prompt(run)]
-        if not runs:
+        if not count:
             return
+        runs = [self._ready.popleft() for _ in range(count)]
         self._begun = runs
         most_drafts = decoder.max_rows // len(runs) - 1
         works = [run.work(most_drafts) for run in runs]
@@ -118,18 +176,12 @@ class Engine:
             for run in runs:
                 self._fail(run, error)
 
-    def _run_prompt(self, run: Run) -> bool:
-        """Run all of its prompt but what fits a pass with others; False if that fails."""
-        last = len(run.prompt) - 1
-        try:
-            while last - run.computed >= PROMPT_CHUNK:
-                end = run.computed + PROMPT_CHUNK
-                self._decoder.forward(run.prompt[run.computed : end], run.computed, "none", run.slot)
-                run.computed = end
-        except GenerationError as error:
-            self._fail(run, error)
-            return False
-        return True
+    def _run_prompt(self, run: Run) -> None:
+        """Run so much of its prompt that one chunk is left, with the last token."""
+        while len(run.prompt) - run.computed > PROMPT_CHUNK:
+            end = run.computed + PROMPT_CHUNK
+            self._decoder.forward(run.prompt[run.computed : end], run.computed, "none", run.slot)
+            run.computed = end
 
     def _take(self, runs: Sequence[Run]) -> None:
         """Let `runs` sample from the pass that they are in, once it has ended."""
@@ -140,13 +192,12 @@ class Engine:
                 self._fail(run, error)
             return
         for run, rows in zip(runs, said, strict=True):
-            is_first = run.num_tokens == 0
             try:
                 run.take(rows)
             except GenerationError as error:
                 self._fail(run, error)
                 continue
-            if is_first:
+            if run.num_tokens == 1:
                 run.prompt_seconds = self._now() - self._began_at[run]
             if run.goes_on:
                 self._ready.append(run)
@@ -160,8 +211,13 @@ class Engine:
 
     def _release(self, run: Run) -> None:
         """Free the slot of `run`, if it has one."""
-        if self._slots[run.slot] is run:
-            self._slots[run.slot] = None
+        slot = self._slots[run.slot]
+        if slot.run is run:
+            self._leave(slot, run.held())
+
+    def _leave(self, slot: _Slot, tokens: np.ndarray) -> None:
+        self._times_left += 1
+        slot.run, slot.tokens, slot.left = None, tokens, self._times_left
 
     def _note_end(self, run: Run) -> None:
         """Tell a run that has ended with this step how long it took."""

@@ -24,13 +24,15 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    cached_tokens: int = 0  # of the prompt: their K and V were there from an earlier call
 
 
 @dataclass(frozen=True)
 class Timings:
     """Wall time inside ffmini from when the prompt was begun, passes shared with other sequences included.
 
-    The prompt's pass yields the first token, so the rate of generation counts the others.
+    The prompt's pass yields the first token, so the rate of generation counts the others. The prompt's rate
+    counts the tokens that were computed, not usage.cached_tokens.
     """
 
     prompt_seconds: float
@@ -105,6 +107,7 @@ class Run:
         self.goes_on = True  # whether another token is wanted; known before the text is
         self.slot = 0  # where its K and V are, while it has one
         self.computed = 0  # positions whose K and V are there
+        self.cached = 0  # of them those that were there before
         self.prompt_seconds = self.generation_seconds = 0.0
         self._budget = min(options.max_new_tokens, max_seq_len - len(prompt))
         self._sampler = Sampler(options, prompt, config.eos_token_ids, config.vocab_size)
@@ -131,6 +134,10 @@ class Run:
     def may_go_ahead(self) -> bool:
         """Whether the pass of `work` has one query, whose token another one may follow."""
         return not self._drafts and len(self._tokens) + 1 < self._budget
+
+    def enter(self, slot: int, cached: int) -> None:
+        """Take a slot, which holds K and V of the prompt's first `cached` tokens."""
+        self.slot, self.cached, self.computed = slot, cached, cached
 
     def held(self) -> np.ndarray:
         """The tokens whose K and V its slot holds, int64 [computed]."""
@@ -201,7 +208,7 @@ class Run:
         prompt, new = len(self.prompt), len(self._tokens)
         timings = Timings(
             self.prompt_seconds,
-            prompt / self.prompt_seconds if self.prompt_seconds else 0.0,
+            (prompt - self.cached) / self.prompt_seconds if self.prompt_seconds else 0.0,
             self.generation_seconds,
             (new - 1) / self.generation_seconds if new > 1 else 0.0,
         )
@@ -209,7 +216,7 @@ class Run:
             text="".join(self._text),
             tokens=self._tokens,
             finish_reason=self.finish_reason,
-            usage=Usage(prompt, new, prompt + new),
+            usage=Usage(prompt, new, prompt + new, self.cached),
             timings=timings,
             logprobs=self._logprobs,
             seed=self._sampler.seed,

@@ -19,7 +19,7 @@ from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
 from .convert import pack_checkpoint
 from .cpu import CPUDecoder
-from .engine import PROMPT_CHUNK, Decoder, Engine
+from .engine import Decoder, Engine
 from .errors import BusyError, DeviceError, UnsupportedError
 from .generation import Completion, Run
 from .layout import FORMATS
@@ -243,12 +243,7 @@ class Model:
         """Logits (float32 [n, vocab_size]) after each of the ids `tokens` [n], 1 <= n <= max_seq_len."""
         ids = self._prompt_ids(self._checked_ids(tokens))
         with self._lock:
-            self._require_free().stop()
-            out = np.empty((len(ids), self.config.vocab_size), np.float32)
-            for start in range(0, len(ids), PROMPT_CHUNK):
-                rows = slice(start, start + PROMPT_CHUNK)
-                out[rows] = self._decoder.forward(ids[rows], start, "all")
-        return out
+            return self._require_free().logits(ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with BOS where the model wants it unless told otherwise."""

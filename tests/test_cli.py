@@ -125,7 +125,7 @@ def test_json_is_one_object(run, model, talker):
     assert (found["model"], found["dtype"], found["device"]) == (str(talker), "int8", "cpu")
     assert (found["finish_reason"], len(found["tokens"])) == ("length", 6)
     assert model.decode(found["tokens"]) == found["text"]
-    assert found["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert found["usage"] == dict(prompt_tokens=5, completion_tokens=6, total_tokens=11, cached_tokens=0)
     assert found["timings"]["generation_tokens_per_second"] > 0 and found["seed"] >= 0
 
 

@@ -59,7 +59,8 @@ def batched(checkpoint: Path) -> Iterator[Model]:
 
 def plain(completion: Completion) -> Completion:
     """`completion` without what differs from time to time."""
-    return dataclasses.replace(completion, timings=Timings(0, 0, 0, 0))
+    usage = dataclasses.replace(completion.usage, cached_tokens=0)
+    return dataclasses.replace(completion, timings=Timings(0, 0, 0, 0), usage=usage)
 
 
 @pytest.fixture(scope="module")
@@ -376,3 +377,115 @@ def test_rows_after_a_wrong_guess_are_not_looked_at(
     options = {"max_new_tokens": 4, "logit_bias": {99: 90.0}, "prompt_lookup_num_tokens": 1}
     assert batched.generate([99, 99, 5, 1], **options).tokens == [99] * 4
     assert passes == [[1], [1], [2], [1]]
+
+
+# ---- prefixes that were computed before ----------------------------------------------------------------
+
+
+def forget(model: Model) -> None:
+    """Make the slots hold nothing."""
+    model._engine._slots = [type(slot)() for slot in model._engine._slots]
+
+
+@pytest.fixture
+def computed(batched: Model, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Slot, position and number of the rows of every call of the decoder; no slot holds anything yet."""
+    rows: list[tuple[int, int, int]] = []
+    begin, forward = batched._decoder.begin, batched._decoder.forward
+    forget(batched)
+
+    def note_begin(works: Any, ahead: bool = False) -> None:
+        rows.extend((work.slot, work.start, len(work.tokens)) for work in works)
+        begin(works, ahead)
+
+    def note_forward(tokens: np.ndarray, start: int, logits: str = "last", slot: int = 0) -> np.ndarray:
+        rows.append((slot, start, len(tokens)))
+        return forward(tokens, start, logits, slot)
+
+    monkeypatch.setattr(batched._decoder, "begin", note_begin)
+    monkeypatch.setattr(batched._decoder, "forward", note_forward)
+    return rows
+
+
+def test_only_what_is_new_in_a_prompt_is_computed(
+    checkpoint: Path, batched: Model, computed: list[tuple[int, int, int]]
+) -> None:
+    options = {"temperature": 1.0, "seed": 3, "max_new_tokens": 6, "ignore_eos": True, "logprobs": 2}
+    first = batched.generate([1, 2, 3, 4, 5], **options)
+    assert first.usage.cached_tokens == 0
+    text = [1, 2, 3, 4, 5, *first.tokens]
+    for prompt, cached in [
+        ([*text, 7, 8, 9], 10),  # the last token of a text was never run
+        (text, 10),
+        (text, 10),  # its own last token is computed, whatever there is
+        ([1, 2, 3, 4, 6, 6, 6], 4),
+        ([1, 2, 3, 4, 6, 6], 5),
+        ([9, 9], 0),
+    ]:
+        computed.clear()
+        found = batched.generate(prompt, **options)
+        assert found.usage.cached_tokens == cached
+        assert computed[0][1:] == (cached, len(prompt) - cached)
+        assert found.usage.prompt_tokens == len(prompt)
+        rate = found.timings.prompt_tokens_per_second * found.timings.prompt_seconds
+        assert rate == pytest.approx(len(prompt) - cached)
+        with make_model(checkpoint, 1) as fresh:
+            assert plain(fresh.generate(prompt, **options)) == plain(found)
+
+
+def test_each_conversation_keeps_its_slot(batched: Model, computed: list[tuple[int, int, int]]) -> None:
+    """They share their first token, which is no reason to write over each other."""
+    texts = [[0, i, *range(i, i + 20)] for i in (1, 50, 100)]
+    for turn in range(3):
+        for slot in (2, 0, 1) if turn else range(3):
+            computed.clear()
+            done = batched.generate(texts[slot], max_new_tokens=5, ignore_eos=True)
+            assert computed[0][0] == slot and done.usage.cached_tokens == (
+                len(texts[slot]) - 3 if turn else 0
+            )
+            texts[slot] += [*done.tokens, 5, 6][-7:]
+    done = batched.generate([77] * 9, max_new_tokens=2)  # a fourth takes the place that was left first
+    assert computed[-1][0] == 2 and done.usage.cached_tokens == 0
+    found = batched.generate(texts[1::-1], max_new_tokens=1, ignore_eos=True)
+    assert [completion.usage.cached_tokens for completion in found] == [len(texts[0]) - 3] * 2
+
+
+def test_calls_that_are_cut_short_leave_what_is_true(batched: Model) -> None:
+    """A stream that is left in the middle, behind which wrong guesses lie; logits."""
+    options = {"max_new_tokens": 12, "ignore_eos": True, "logit_bias": {97: 50.0}, "seed": 1}
+    forget(batched)
+    prompt = [255, *b"abcabcabcabc"]
+    expected = batched.generate(prompt, **options)
+    text = [*prompt, *expected.tokens]
+    forget(batched)
+    with batched.stream(prompt, prompt_lookup_num_tokens=7, **options) as stream:
+        assert [next(stream), next(stream)] == ["a", "a"]  # guessed: b
+    again = batched.generate(text, **options)
+    assert again.usage.cached_tokens == len(prompt) + 1
+    forget(batched)
+    assert plain(batched.generate(text, **options)) == plain(again)
+    logits = batched.logits(text)
+    assert batched.generate(text, **options).usage.cached_tokens == len(text) - 1
+    forget(batched)
+    np.testing.assert_array_equal(batched.logits(text), logits)
+
+
+def test_an_interrupted_prompt_is_computed_from_where_it_stopped(
+    batched: Model, computed: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, options = [3] * 600, {"max_new_tokens": 5, "ignore_eos": True, "seed": 1}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(batched._decoder, "candidates", interrupt)
+        batched.generate(prompt, **options)
+    computed.clear()
+    found = batched.generate(prompt, **options)
+    assert found.usage.cached_tokens == 512 and computed[0] == (0, 512, 88)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(batched._decoder, "forward", interrupt)
+        batched.generate([4, *prompt], **options)
+    forget(batched)
+    assert plain(batched.generate(prompt, **options)) == plain(found)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

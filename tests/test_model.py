@@ -224,7 +224,8 @@ def test_stop_strings_are_cut_from_text_and_stream(scripted, stop, expected):
     stream = model.stream("go", stop=stop)
     pieces = list(stream)
     assert "".join(pieces) == expected and all(pieces)
-    same = {"timings": completion.timings, "seed": completion.seed}
+    same = {"timings": completion.timings, "seed": completion.seed, "usage": completion.usage}
+    assert stream.completion.usage == dataclasses.replace(completion.usage, cached_tokens=1)
     assert dataclasses.replace(stream.completion, **same) == completion
 
 
@@ -390,8 +391,8 @@ def test_a_prompt_goes_through_in_chunks_and_each_token_once(scripted, tokenizer
 
 
 def test_token_ids_are_taken_as_they_are(scripted):
-    model = scripted("hi", 3)
     for ids in ([5, EOS, 259], (5, EOS, 259), np.array([5, EOS, 259], np.uint16)):
+        model = scripted("hi", 3)
         assert model.generate(ids).text == "hi"
         assert model._decoder.calls[-3][0] == [5, EOS, 259]
 
