@@ -18,13 +18,14 @@ from .cpu import CPUDecoder
 from .errors import GenerationError
 from .generation import Run
 from .gpu import GPUDecoder
+from .snapshot import Snapshot
 
 Decoder = CPUDecoder | GPUDecoder
 
 PROMPT_CHUNK = 512  # rows per call of the decoder, between which Ctrl-C is noticed
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     """Room for one sequence's keys and values."""
 
@@ -118,7 +119,8 @@ class Engine:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits (float32 [n, vocab_size]) after each of `tokens` (int64 [n]), in a slot of their own."""
-        self.stop()
+        if self.busy:
+            self.stop()
         number = self._choose(tokens)
         slot = self._slots[number]
         slot.tokens = slot.tokens[:0]
@@ -128,6 +130,26 @@ class Engine:
             out[rows] = self._decoder.forward(tokens[rows], start, "all", number)
         self._leave(slot, tokens)
         return out
+
+    def read_slot(self) -> Snapshot | None:
+        """What the slot that was left last holds; None if that is nothing."""
+        if self.busy:
+            self.stop()
+        slot = max(self._slots, key=lambda slot: slot.left)
+        if not len(slot.tokens):
+            return None
+        keys, values = self._decoder.read_cache(self._slots.index(slot), len(slot.tokens))
+        return Snapshot(slot.tokens, keys, values)
+
+    def write_slot(self, snapshot: Snapshot) -> None:
+        """Have a slot hold what `snapshot` says; ValueError if its numbers are not finite."""
+        if self.busy:
+            self.stop()
+        number = self._choose(snapshot.tokens)
+        slot = self._slots[number]
+        slot.tokens = slot.tokens[:0]
+        self._decoder.write_cache(number, snapshot.keys, snapshot.values)
+        self._leave(slot, snapshot.tokens.astype(np.int64))
 
     def _choose(self, prompt: np.ndarray) -> int:
         """The free slot for `prompt`: one with much of it, else the one that was left first."""

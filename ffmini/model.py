@@ -20,12 +20,13 @@ from .config import GenerationDefaults, ModelConfig, load_config, load_generatio
 from .convert import pack_checkpoint
 from .cpu import CPUDecoder
 from .engine import Decoder, Engine
-from .errors import BusyError, DeviceError, UnsupportedError
+from .errors import BusyError, CheckpointError, DeviceError, UnsupportedError
 from .generation import Completion, Run
 from .layout import FORMATS
 from .options import OptionsDict, resolve_options, split_options
-from .packing import PackedModel, is_packed, read_packed
+from .packing import PackedModel, is_packed, read_packed, weights_digest
 from .resources import resource_dir
+from .snapshot import read_snapshot, write_snapshot
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -158,9 +159,14 @@ class Model:
     """
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, defaults: GenerationDefaults, dtype: str
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        defaults: GenerationDefaults,
+        dtype: str,
+        weights: str | None = None,
     ) -> None:
-        """Use `ffmini.load`; this puts together parts that are loaded already."""
+        """Use `ffmini.load`; this puts together parts that are loaded already. `weights`: their digest."""
         self.config: ModelConfig = decoder.config
         self.tokenizer = tokenizer
         self.dtype = dtype
@@ -170,6 +176,7 @@ class Model:
         self._decoder: Decoder | None = decoder
         self._engine: Engine | None = Engine(decoder)
         self._defaults = defaults
+        self._weights = weights
         self._lock = threading.Lock()
         self._stream: weakref.ref[Stream | BatchStream] | None = None
 
@@ -245,6 +252,34 @@ class Model:
         with self._lock:
             return self._require_free().logits(ids)
 
+    def save_cache(self, path: str | Path) -> int:
+        """Write the keys and values of the last sequence to a safetensors file; returns how many tokens'.
+
+        `load_cache` gives them to a model of the same weights, on any device. The file is there whole or not
+        at all. Raises ValueError if nothing has been computed, BusyError while a stream is open, OSError.
+        """
+        with self._lock:
+            snapshot = self._require_free().read_slot()
+        if snapshot is None:
+            raise ValueError("keys and values of a sequence expected, nothing has been computed yet")
+        write_snapshot(Path(path), snapshot, self._cache_origin())
+        return len(snapshot.tokens)
+
+    def load_cache(self, path: str | Path) -> int:
+        """Read what `save_cache` wrote, so that prompts that begin with its tokens need not compute them.
+
+        Returns how many tokens those are. Raises CheckpointError if the file is damaged, comes from other
+        weights or does not fit max_seq_len, BusyError while a stream is open.
+        """
+        with self._lock:
+            engine = self._require_free()
+            snapshot = read_snapshot(Path(path), self._cache_origin(), self.config, self.max_seq_len)
+            try:
+                engine.write_slot(snapshot)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+        return len(snapshot.tokens)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with BOS where the model wants it unless told otherwise."""
         return self.tokenizer.encode(text, add_special_tokens)
@@ -270,6 +305,14 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _cache_origin(self) -> str:
+        """What keys and values depend on besides their tokens."""
+        if self._weights is None:
+            raise ValueError("a model made by ffmini.load expected: this one's weights are not known")
+        if self.config.rope.type == "dynamic":  # its base depends on the context
+            return f"{self._weights} with max_seq_len {self.max_seq_len}"
+        return self._weights
 
     def _runs(self, prompts: Sequence[Prompt], options: Mapping[str, Any], is_batch: bool) -> list[Run]:
         """A run for each of the prompts; called by what the user calls, which warnings are to name."""
@@ -360,7 +403,7 @@ def load(
         f"{directory.name} ({packed.format}) on {decoder.device}, {slots}context {max_seq_len}, "
         f"KV cache {max_batch_size * gpu.kv_cache_bytes(config, max_seq_len) / 2**20:.1f} MiB"
     )
-    return Model(decoder, tokenizer, defaults, packed.format)
+    return Model(decoder, tokenizer, defaults, packed.format, weights_digest(packed))
 
 
 def bundled_model_path() -> Path:

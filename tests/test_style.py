@@ -21,7 +21,7 @@ CHAIN = [
     {"results"},
     {"gpu"},
     {"sampler"},
-    {"generation"},
+    {"generation", "snapshot"},
     {"engine"},
     {"model"},
     {"__init__"},
