@@ -21,7 +21,7 @@ from test_model import CONFIG, ORDER, write_tokenizer
 from tiny import tiny_tensors, write_safetensors
 
 import ffmini
-from ffmini import info
+from ffmini import generation, info
 from ffmini.cli import main
 from ffmini.convert import convert, pack_checkpoint
 from ffmini.model import Model, load
@@ -114,6 +114,17 @@ def test_options_reach_the_sampler(run, model, talker):
     cut = expected.text[: expected.text.index(stop)]
     assert run(*argv, "--stop", "never in it", "--stop", stop)[1] == cut + "\n"
     assert run(*argv, "--seed", 4)[1] != expected.text + "\n"
+
+
+def test_prompt_lookup_reaches_the_run_and_changes_no_text(run, talker, monkeypatch):
+    limits = []
+    make = generation.PromptLookup
+    monkeypatch.setattr(
+        generation, "PromptLookup", lambda tokens, most: limits.append(most) or make(tokens, most)
+    )
+    argv = ("generate", "hello hello hello", "-m", talker, "--device", "cpu", "-n", 24, "--seed", 3)
+    assert run(*argv, "--prompt-lookup", 5)[1] == run(*argv)[1]
+    assert limits == [5]
 
 
 def test_json_is_one_object(run, model, talker):
@@ -261,6 +272,7 @@ def test_chat_by_lines(run, model, talker, monkeypatch):
     lines = errors(err)
     speeds = [line for line in lines if line.startswith("prompt: ")]
     assert len(speeds) == 3 and all("generation: 12 tokens" in line for line in speeds)
+    assert all(re.match(r"prompt: \d+ tokens \(\d\d+ known\), ", line) for line in speeds[1:])
     context = len(
         model.encode_chat([{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}])
     )
