@@ -30,9 +30,8 @@ class _Slot:
     """Room for one sequence's keys and values."""
 
     run: Run | None = None  # that has it
-    tokens: np.ndarray = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  # once left: whose K and V it holds
+    # Whose K and V it holds, int64 [n]; while a run has it, those of the run before.
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     left: int = 0  # when, counted in slots left
 
     def cached(self, prompt: np.ndarray) -> int:
@@ -72,8 +71,7 @@ class Engine:
 
         `ahead`: each step follows the one before at once, so passes may begin in advance.
         """
-        if self.busy:
-            self.stop()
+        self._clear()
         self._waiting.extend(run for run in runs if run.goes_on)
         self._ahead = ahead
 
@@ -119,8 +117,7 @@ class Engine:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits (float32 [n, vocab_size]) after each of `tokens` (int64 [n]), in a slot of their own."""
-        if self.busy:
-            self.stop()
+        self._clear()
         number = self._choose(tokens)
         slot = self._slots[number]
         slot.tokens = slot.tokens[:0]
@@ -133,8 +130,7 @@ class Engine:
 
     def read_slot(self) -> Snapshot | None:
         """What the slot that was left last holds; None if that is nothing."""
-        if self.busy:
-            self.stop()
+        self._clear()
         slot = max(self._slots, key=lambda slot: slot.left)
         if not len(slot.tokens):
             return None
@@ -143,13 +139,17 @@ class Engine:
 
     def write_slot(self, snapshot: Snapshot) -> None:
         """Have a slot hold what `snapshot` says; ValueError if its numbers are not finite."""
-        if self.busy:
-            self.stop()
+        self._clear()
         number = self._choose(snapshot.tokens)
         slot = self._slots[number]
         slot.tokens = slot.tokens[:0]
         self._decoder.write_cache(number, snapshot.keys, snapshot.values)
         self._leave(slot, snapshot.tokens.astype(np.int64))
+
+    def _clear(self) -> None:
+        """Let go of runs that a caller has left behind, at whatever point."""
+        if self._waiting or any(slot.run is not None for slot in self._slots):
+            self.stop()
 
     def _choose(self, prompt: np.ndarray) -> int:
         """The free slot for `prompt`: one with much of it, else the one that was left first."""

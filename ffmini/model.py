@@ -72,10 +72,14 @@ class _OpenStream:
                     self.close()
                     raise
                 for run, piece in news:
+                    index = self._left.get(run)
+                    if index is None:  # closed by another thread
+                        continue
                     if piece:
-                        self._pieces.append((self._left[run], piece))
+                        self._pieces.append((index, piece))
                     if not run.goes_on:
-                        self._note_finish(self._left.pop(run))
+                        self._left.pop(run, None)
+                        self._note_finish(index)
         if not self._pieces:
             raise StopIteration
         return self._pieces.popleft()

@@ -82,9 +82,7 @@ def check_sent(found: list[Stage], fed: list[Stage], packed: PackedModel) -> Non
         weights, layouts = packed.layers[layer], packed.layouts
         bound = normed_product_bound(given, "hidden", weights.qkv_proj, layouts["qkv_proj"], packed)
         bias = _vector(packed, layer, "qkv_bias")  # comes after the scale of the norm
-        before = np.abs(given["qkv"]) + (
-            0 if bias is None else np.abs(bias)
-        )
+        before = np.abs(given["qkv"]) + (0 if bias is None else np.abs(bias))
         _check_floats(sent["qkv"], given["qkv"], bound + 4 * UNIT * before)
         assert error(sent["attention"], given["attention"]) <= FLIP, f"layer {layer}: attention"
         norm = _vector(packed, layer, "post_attention_layernorm")

@@ -170,6 +170,36 @@ def test_closing_the_stream_frees_everything(batched: Model, alone: list[Complet
     assert [plain(completion) for completion in found] == alone
 
 
+def test_a_stream_interrupted_while_it_waits_leaves_the_model_usable(
+    batched: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for prompt in ("a", ["a", "b", "c", "d"]):
+        stream = batched.stream(prompt, max_new_tokens=9, ignore_eos=True)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(batched._decoder, "candidates", interrupt)
+            next(stream)
+        assert not stream.is_open
+        assert [len(c.tokens) for c in batched.generate(["a"] * 4, max_new_tokens=3, ignore_eos=True)] == [
+            3
+        ] * 4
+
+
+def test_a_stream_closed_by_another_thread_in_the_middle_of_a_step(
+    batched: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = batched.stream(["a", "b"], max_new_tokens=9, ignore_eos=True)
+    candidates = batched._decoder.candidates
+
+    def close_meanwhile() -> Any:
+        stream.close()
+        return candidates()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batched._decoder, "candidates", close_meanwhile)
+        assert list(stream) == []
+    assert batched.generate("a", max_new_tokens=1).tokens
+
+
 # ---- sequences that fail -------------------------------------------------------------------------------
 
 

@@ -630,6 +630,8 @@ def test_an_option_given_under_both_names():
         ("stop_token_ids", [-1]),
         ("stop_token_ids", ["a"]),
         ("ignore_eos", 1),
+        ("prompt_lookup_num_tokens", -1),
+        ("prompt_lookup_num_tokens", True),
         ("logprobs", 11),
         ("logprobs", -1),
         ("logit_bias", [1]),
