@@ -115,10 +115,11 @@ def test_grouping_changes_no_bit_with_older_kernels(kernels: str) -> None:
         "test_product_depends_on_a_rows_position_only",
         "test_grouping_changes_no_bit[smollm2-bf16]",
         "test_grouping_changes_no_bit[qwen3-int4]",
+        "test_a_batch_changes_no_bit[bf16]",
     )
     command = [sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{name}" for name in names)]
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
