@@ -9,11 +9,13 @@ from .errors import (
     MemoryBudgetError,
     UnsupportedError,
 )
-from .model import Completion, Model, Stream, generate, load
+from .generation import Completion, Timings, Usage
+from .model import BatchStream, Model, Stream, generate, load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchStream",
     "BusyError",
     "CheckpointError",
     "Completion",
@@ -23,7 +25,9 @@ __all__ = [
     "MemoryBudgetError",
     "Model",
     "Stream",
+    "Timings",
     "UnsupportedError",
+    "Usage",
     "__version__",
     "generate",
     "load",

@@ -25,6 +25,7 @@ from . import __version__, gpu
 from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, parse_config, read_json
 from .cpu import CPUDecoder, held_bytes
+from .engine import Decoder
 from .errors import GenerationError, UnsupportedError
 from .info import add_model_arguments, device_name, driver_version
 from .kernel import MAX_ROWS, cached_cubin, has_bulk_copies, max_rows
@@ -32,7 +33,6 @@ from .layout import FORMATS, TILE_ROWS, MatrixLayout
 from .memory import available_memory
 from .model import (
     DEFAULT_MAX_SEQ_LEN,
-    Decoder,
     Model,
     bundled_model_path,
     choose_device,
@@ -153,7 +153,7 @@ def fill_cache(decoder: Decoder, positions: int, seed: int = SEED) -> None:
             part = slice(start, start + count)
             bits = to_bf16(rng.standard_normal((config.num_kv_heads, count, config.head_dim), np.float32))
             if isinstance(decoder, CPUDecoder):
-                cache[:, :, part] = from_bf16(bits)
+                cache[:, 0, :, part] = from_bf16(bits)
             else:
                 with cache.device:
                     cache[:, :, :, part] = gpu.import_cupy().asarray(bits)

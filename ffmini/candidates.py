@@ -37,7 +37,23 @@ class Candidates:
     complete: bool  # ids holds all others
     total: float  # sum over all others of exp((logit - logits[0]) * inverse_temperature); 0 if there are none
     fetch: Callable[[], np.ndarray]  # all logits, float32 [vocab_size]; only until the decoder's next pass
-    finite: bool = True  # if not, a logit is NaN or infinite and the rest counts for nothing
+    finite: bool = True  # False: a logit of the row is not finite, and nothing else counts
+
+
+def _fetch_nothing() -> np.ndarray:
+    raise ValueError("logits of a row with finite ones expected, those of another asked for")
+
+
+# What every decoder says of a row whose logits are not finite.
+NON_FINITE = Candidates(
+    queried=np.empty(0, np.float32),
+    ids=np.empty(0, np.int64),
+    logits=np.empty(0, np.float32),
+    complete=False,
+    total=np.nan,
+    fetch=_fetch_nothing,
+    finite=False,
+)
 
 
 def largest(values: np.ndarray, k: int) -> np.ndarray:

@@ -25,7 +25,10 @@ with contextlib.suppress(ImportError):  # some builds of Python lack it: a line 
 
 INTERRUPTED = 130  # 128 + SIGINT and 128 + SIGPIPE, as a shell reports them
 BROKEN_PIPE = 141
-OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+OPTIONS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop"),
+    "prompt_lookup_num_tokens",
+)
 CHAT_HELP = """/help   this text
 /reset  forget the conversation
 /stats  tokens and speed of the last answer
@@ -63,6 +66,13 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, metavar="X", help="1: none")
     parser.add_argument("--seed", type=int, metavar="S", help="of the random numbers (default: drawn)")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; may be repeated")
+    parser.add_argument(
+        "--prompt-lookup",
+        dest="prompt_lookup_num_tokens",
+        type=int,
+        metavar="N",
+        help="guess up to N tokens from earlier text: the same text, faster where it repeats itself",
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message; takes a model with a chat template")
 
 
@@ -99,8 +109,9 @@ def _load(args: argparse.Namespace, messages: Sequence[dict[str, str]]) -> Model
 def _summary(completion: Completion) -> str:
     """Counts and speeds of one answer."""
     usage, timings = completion.usage, completion.timings
+    cached = f" ({usage.cached_tokens} known)" if usage.cached_tokens else ""
     return (
-        f"prompt: {usage.prompt_tokens} tokens, {timings.prompt_tokens_per_second:.1f} tokens/s; "
+        f"prompt: {usage.prompt_tokens} tokens{cached}, {timings.prompt_tokens_per_second:.1f} tokens/s; "
         f"generation: {usage.completion_tokens} tokens, {timings.generation_tokens_per_second:.1f} tokens/s; "
         f"end: {completion.finish_reason}; seed: {completion.seed}"
     )

@@ -1,28 +1,29 @@
 """The CPU decoder in NumPy: what the kernel is tested against, and what runs where there is no GPU.
 
-Stages have the kernel's names and can be run one by one; `start` is the position of their first row, which
-only decides where BLAS gets to see the rows (see `multiply`). Two precisions:
+Stages have the kernel's names and can be run one by one; `places` are the positions of their rows, which
+only decide where BLAS gets to see them (see `multiply`). Two precisions:
 
 - "bf16" rounds to bf16 where the kernel does (operands of products, K and V, probabilities) and accumulates
   in float32; int8 and int4 codes are multiplied in integers, as the kernel does (see `QuantizedMatrix`). A
-  position's result has the same bits however the positions are grouped into passes.
+  position's result has the same bits however the positions are grouped into passes, and whatever other
+  sequences are in them.
 - "float64" computes everything in double and rounds nothing: the truth that both are measured against.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from .candidates import Candidates, Query, summarise
+from .candidates import NON_FINITE, Candidates, Query, summarise
 from .errors import GenerationError, MemoryBudgetError
 from .layout import SEGMENT, TILE_ROWS, MatrixLayout, ceil_div
 from .memory import available_memory
-from .numerics import align, from_bf16, round_bf16, split_bytes
+from .numerics import align, from_bf16, round_bf16, split_bytes, to_bf16
 from .packing import (
     LAYER_MATRICES,
     PackedLayer,
@@ -31,7 +32,7 @@ from .packing import (
     unpack_quantized,
     vector_offsets,
 )
-from .passes import check_pass
+from .passes import Work, check_cache, check_pass, check_slot, check_works
 from .rope import rope_tables
 
 ROW_BLOCK = 16  # rows of every matrix product; see `multiply`
@@ -44,19 +45,38 @@ PRODUCT_ROWS = 4096
 PRODUCT_ROWS_BY_ONE = 512
 
 
-def multiply(x: np.ndarray, w: np.ndarray, slot: int) -> np.ndarray:
+# Positions of rows: the first one's, the others following it, or each one's, [R].
+Places = int | np.ndarray
+
+
+def multiply(x: np.ndarray, w: np.ndarray, places: Places) -> np.ndarray:
     """x [..., n, k] times w [..., m, k] transposed -> [..., n, m], in blocks of 16 rows padded with zeros.
 
-    The first row takes place `slot` of its block. BLAS picks its order of sums by the shapes and, within
-    them, by a row's place: a row that always has the same place, in blocks of one shape, has the same bits.
+    A row takes place p % 16 of its block, p being its own of the `places`. BLAS picks its order of sums by
+    the shapes and, within them, by a row's place: a row that always has the same place, in blocks of one
+    shape, has the same bits, whatever else is in the block.
     """
     *batch, n, k = x.shape
-    first = slot % ROW_BLOCK
-    blocks = ceil_div(first + n, ROW_BLOCK)
+    rows, blocks = _seats(places, n)
     padded = np.zeros((*batch, blocks * ROW_BLOCK, k), x.dtype)
-    padded[..., first : first + n, :] = x
+    padded[..., rows, :] = x
     product = padded.reshape(*batch, blocks, ROW_BLOCK, k) @ np.swapaxes(w, -1, -2)[..., None, :, :]
-    return product.reshape(*batch, blocks * ROW_BLOCK, w.shape[-2])[..., first : first + n, :]
+    return product.reshape(*batch, blocks * ROW_BLOCK, w.shape[-2])[..., rows, :]
+
+
+def _seats(places: Places, n: int) -> tuple[slice | np.ndarray, int]:
+    """Where n rows at `places` come to lie in blocks of 16, in the order of the rows, and how many blocks.
+
+    Rows for the same place of a block go to different blocks.
+    """
+    if not isinstance(places, np.ndarray):
+        first = places % ROW_BLOCK
+        return slice(first, first + n), ceil_div(first + n, ROW_BLOCK)
+    place = places % ROW_BLOCK
+    order = place.argsort(kind="stable")
+    block = np.empty(n, np.int64)
+    block[order] = np.arange(n) - place[order].searchsorted(place[order])
+    return block * ROW_BLOCK + place, int(block.max()) + 1
 
 
 def inverse_rms(x: np.ndarray, eps: float) -> np.ndarray:
@@ -95,9 +115,9 @@ class DenseMatrix:
         """The rows `which` [R] -> [R, cols]."""
         return self._w[which]
 
-    def product(self, x: np.ndarray, start: int) -> np.ndarray:
-        """x [R, cols], rows at positions from `start` on, times the matrix transposed -> [R, rows]."""
-        return multiply(x, self._w, start)
+    def product(self, x: np.ndarray, places: Places) -> np.ndarray:
+        """x [R, cols], rows at `places`, times the matrix transposed -> [R, rows]."""
+        return multiply(x, self._w, places)
 
 
 class QuantizedMatrix:
@@ -136,8 +156,8 @@ class QuantizedMatrix:
         w = w * self._scale[:, which, None]
         return w.swapaxes(0, 1).reshape(len(which), -1)[:, : self._cols]
 
-    def product(self, x: np.ndarray, start: int) -> np.ndarray:
-        """x [R, cols], bf16 values, times the matrix transposed -> [R, rows]; `start` does not matter.
+    def product(self, x: np.ndarray, places: Places) -> np.ndarray:
+        """x [R, cols], bf16 values, times the matrix transposed -> [R, rows]; `places` do not matter.
 
         The sums of a segment's groups are added in ascending order, times the segment's power of two, and
         the segments in ascending order.
@@ -224,21 +244,84 @@ class _Layer:
     window: int
 
 
-class CPUDecoder:
-    """Runs passes of one sequence of one model on the CPU.
+@dataclass(frozen=True)
+class _Part:
+    """Tokens of one slot from position `start` on, and of how many of the last ones logits are wanted."""
 
-    key_cache and value_cache are [num_layers, num_kv_heads, positions, head_dim]: max_seq_len positions,
-    and zeros up to a multiple of 256. They hold finite numbers only, rounded to bf16 in that precision.
+    slot: int
+    tokens: np.ndarray
+    start: int
+    wanted: int
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Tokens `first` to `end` of a part, which go through the layers together with those of others."""
+
+    part: int
+    first: int
+    end: int
+    rows: slice  # where they lie among the others
+
+    def wanted(self, part: _Part) -> np.ndarray:
+        """The rows whose logits are wanted."""
+        skipped = max(0, len(part.tokens) - part.wanted - self.first)
+        return np.arange(self.rows.start + skipped, self.rows.stop)
+
+
+def _groups(parts: Sequence[_Part]) -> Iterator[list[_Span]]:
+    """Cuts the parts into groups of at most MAX_ROWS tokens, in their order."""
+    group: list[_Span] = []
+    used = 0
+    for index, part in enumerate(parts):
+        first = 0
+        while first < len(part.tokens):
+            end = min(len(part.tokens), first + MAX_ROWS - used)
+            group.append(_Span(index, first, end, slice(used, used + end - first)))
+            used, first = used + end - first, end
+            if used == MAX_ROWS:
+                yield group
+                group, used = [], 0
+    if group:
+        yield group
+
+
+def _say(found: np.ndarray | GenerationError, queries: Sequence[Query]) -> list[Candidates]:
+    """What logits [n, vocab_size] say to n queries, a row each."""
+    if isinstance(found, GenerationError):
+        return [NON_FINITE] * len(queries)
+    rows = found.astype(np.float32)
+    return [
+        summarise(row, query) if np.isfinite(row).all() else NON_FINITE
+        for row, query in zip(rows, queries, strict=True)
+    ]
+
+
+class CPUDecoder:
+    """Runs passes of `num_slots` sequences of one model on the CPU.
+
+    key_cache and value_cache are [num_layers, num_slots, num_kv_heads, positions, head_dim]: max_seq_len
+    positions, and zeros up to a multiple of 256. They hold finite numbers only, rounded to bf16 in that
+    precision.
     """
 
+    max_rows = MAX_ROWS  # that one begin() may query
+
     def __init__(
-        self, packed: PackedModel, max_seq_len: int, *, precision: str = "bf16", progress: bool = True
+        self,
+        packed: PackedModel,
+        max_seq_len: int,
+        num_slots: int = 1,
+        *,
+        precision: str = "bf16",
+        progress: bool = True,
     ) -> None:
         """Unpack the weights; raises MemoryBudgetError if they, the KV cache and the scratch do not fit."""
         if precision not in ("bf16", "float64"):
             raise ValueError(f'precision must be "bf16" or "float64", not {precision!r}')
         self.config = packed.config
         self.max_seq_len = max_seq_len
+        self.num_slots = num_slots
         self.device = "cpu"
         self.precision = precision
         self._dtype = np.float32 if precision == "bf16" else np.float64
@@ -253,14 +336,14 @@ class CPUDecoder:
         self._cos, self._sin = rope_tables(self.config, max_seq_len, self._dtype)
         shape = self._cache_shape()
         self.key_cache, self.value_cache = np.zeros(shape, self._dtype), np.zeros(shape, self._dtype)
-        self._said: Candidates | None = None  # what candidates() is to say
+        self._said: list[list[Candidates]] | None = None  # what candidates() is to say
 
     # ---- loading ----
 
-    def _cache_shape(self) -> tuple[int, int, int, int]:
+    def _cache_shape(self) -> tuple[int, int, int, int, int]:
         config = self.config
         positions = ceil_div(self.max_seq_len, KV_BLOCK) * KV_BLOCK
-        return config.num_layers, config.num_kv_heads, positions, config.head_dim
+        return config.num_layers, self.num_slots, config.num_kv_heads, positions, config.head_dim
 
     def _check_memory(self, packed: PackedModel) -> None:
         """Compare weights, KV cache and a pass's scratch with the memory that is free."""
@@ -303,45 +386,41 @@ class CPUDecoder:
 
     # ---- the forward pass ----
 
-    def forward(self, tokens: np.ndarray, start: int, logits: str = "last") -> np.ndarray:
-        """Run tokens [R] at positions start .. start + R - 1; those before `start` must have been run.
+    def forward(self, tokens: np.ndarray, start: int, logits: str = "last", slot: int = 0) -> np.ndarray:
+        """Run tokens [R] of a slot at positions start .. start + R - 1; those before must have been run.
 
         `logits`: "last" gives [1, vocab_size], "all" [R, vocab_size], "none" [0, vocab_size]; float32, or
         float64 in that precision. GenerationError if a logit, a key or a value is not finite.
         """
         tokens = np.asarray(tokens)
-        if self._layers is None:
-            raise ValueError("the decoder is closed")
+        self._require_open()
         check_pass(tokens, start, logits, self.max_seq_len, self.config.vocab_size)
-        outputs = [np.empty((0, self.config.vocab_size), self._dtype)]
-        for at in range(0, len(tokens), MAX_ROWS):
-            rows = tokens[at : at + MAX_ROWS]
-            first, end = start + at, start + at + len(rows)
-            x = self.embed(rows)
-            for layer in range(self.config.num_layers):
-                qkv = self.norm_qkv(layer, x, first)
-                attn = self.attention(layer, qkv, np.arange(first, end))
-                x = self.o_proj(layer, attn, x, first)
-                act = self.norm_gate_up(layer, x, first)
-                x = self.down_proj(layer, act, x, first)
-            if logits == "all":
-                outputs.append(self.norm_lm_head(x, first))
-            elif logits == "last" and at + MAX_ROWS >= len(tokens):
-                outputs.append(self.norm_lm_head(x[-1:], end - 1))
-        result = np.concatenate(outputs)
-        if not np.isfinite(result).all():
+        check_slot(slot, self.num_slots)
+        wanted = {"last": 1, "all": len(tokens), "none": 0}[logits]
+        [found] = self._run([_Part(slot, tokens, start, wanted)])
+        if isinstance(found, GenerationError):
+            raise found
+        if not np.isfinite(found).all():
             raise GenerationError("non-finite logits: finite numbers expected from every pass")
-        return result
+        return found
 
-    def begin(self, tokens: np.ndarray, start: int, query: Query, ahead: bool = False) -> None:
-        """Run tokens [R] like `forward`; candidates() says of the last row's logits what `query` asks.
+    def begin(self, works: Sequence[Work], ahead: bool = False) -> None:
+        """Run the rows of all `works`, of distinct slots and with at most max_rows queries in all.
 
-        `ahead` hints that another token may follow at once; on the CPU nothing can be done in advance.
+        candidates() says of each one's last rows what its queries ask. `ahead`, for one work with one query,
+        hints that another token may follow at once; on the CPU nothing can be done in advance.
         """
-        self._said = summarise(self.forward(tokens, start)[0].astype(np.float32), query)
+        self._require_open()
+        limits = self.num_slots, self.max_rows, self.max_seq_len, self.config.vocab_size
+        check_works(works, ahead, *limits)
+        parts = [_Part(w.slot, np.asarray(w.tokens), w.start, len(w.queries)) for w in works]
+        self._said = [_say(found, work.queries) for found, work in zip(self._run(parts), works, strict=True)]
 
-    def candidates(self) -> Candidates:
-        """What the rows of begin() say; once, ValueError without them."""
+    def candidates(self) -> list[list[Candidates]]:
+        """What the rows of begin() say, per work and query; once, ValueError without them.
+
+        Of a row whose logits, or whose sequence's keys or values, are not finite it is NON_FINITE.
+        """
         said, self._said = self._said, None
         if said is None:
             raise ValueError("candidates of rows that begin() ran expected, none were run")
@@ -351,19 +430,90 @@ class CPUDecoder:
         """Forget what was begun."""
         self._said = None
 
+    def read_cache(self, slot: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a slot's first `count` positions (at most max_seq_len).
+
+        Each is bf16 bits, uint16 [num_layers, num_kv_heads, count, head_dim].
+        """
+        self._require_open()
+        check_slot(slot, self.num_slots)
+        keys, values = (cache[:, slot, :, :count] for cache in (self.key_cache, self.value_cache))
+        return to_bf16(keys), to_bf16(values)
+
+    def write_cache(self, slot: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Put keys and values, as read_cache gives them, at a slot's first positions."""
+        self._require_open()
+        check_slot(slot, self.num_slots)
+        config = self.config
+        for bits in (keys, values):
+            check_cache(bits, config.num_layers, config.num_kv_heads, config.head_dim, self.max_seq_len)
+        for cache, bits in ((self.key_cache, keys), (self.value_cache, values)):
+            cache[:, slot, :, : bits.shape[2]] = from_bf16(bits)
+
+    def _require_open(self) -> None:
+        if self._layers is None:
+            raise ValueError("the decoder is closed")
+
+    def _run(self, parts: Sequence[_Part]) -> list[np.ndarray | GenerationError]:
+        """The wanted logits of each part, [wanted, vocab_size], or what went wrong with its K and V."""
+        found = [[np.empty((0, self.config.vocab_size), self._dtype)] for _ in parts]
+        errors: dict[int, GenerationError] = {}
+        for group in _groups(parts):
+            tokens = np.concatenate([parts[s.part].tokens[s.first : s.end] for s in group])
+            positions = np.concatenate([parts[s.part].start + np.arange(s.first, s.end) for s in group])
+            x = self._run_layers(parts, group, tokens, positions, errors)
+            wanted = [span.wanted(parts[span.part]) for span in group]
+            rows = np.concatenate(wanted)
+            if len(rows):
+                logits = self.norm_lm_head(x[rows], positions[rows])
+                ends = np.cumsum([len(part) for part in wanted])
+                for span, piece in zip(group, np.split(logits, ends[:-1]), strict=True):
+                    found[span.part].append(piece)
+        return [errors.get(i) or np.concatenate(pieces) for i, pieces in enumerate(found)]
+
+    def _run_layers(
+        self,
+        parts: Sequence[_Part],
+        group: Sequence[_Span],
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        errors: dict[int, GenerationError],
+    ) -> np.ndarray:
+        """Run `tokens` [R] at `positions` [R], the rows of a group -> the last layer's x [R, hidden_size].
+
+        A part whose keys or values are not finite gets into `errors`, and NaN as its attention's output.
+        """
+        places = int(positions[0]) if len(group) == 1 else positions
+        x = self.embed(tokens)
+        for layer in range(self.config.num_layers):
+            qkv = self.norm_qkv(layer, x, places)
+            attn = np.full((len(x), self.config.num_heads * self.config.head_dim), np.nan, self._dtype)
+            for span in group:
+                try:
+                    part = self.attention(layer, qkv[span.rows], positions[span.rows], parts[span.part].slot)
+                    attn[span.rows] = part
+                except GenerationError as error:
+                    errors.setdefault(span.part, error)
+            x = self.o_proj(layer, attn, x, places)
+            act = self.norm_gate_up(layer, x, places)
+            x = self.down_proj(layer, act, x, places)
+        return x
+
+    # ---- the stages ----
+
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """Token ids [R] -> the residual stream x [R, hidden_size]."""
         if self._embed_bits is None:
             return self._lm_head.rows(tokens)
         return from_bf16(self._embed_bits[tokens]).astype(self._dtype)
 
-    def norm_qkv(self, layer: int, x: np.ndarray, start: int = 0) -> np.ndarray:
+    def norm_qkv(self, layer: int, x: np.ndarray, places: Places = 0) -> np.ndarray:
         """x [R, hidden_size] -> q, k, v [R, (num_heads + 2 num_kv_heads) head_dim] before norm and rope."""
         weights = self._layers[layer]
-        qkv = self._norm_multiply(x, weights.vectors["input_layernorm"], weights.qkv_proj, start)
+        qkv = self._norm_multiply(x, weights.vectors["input_layernorm"], weights.qkv_proj, places)
         return _add_bias(qkv, weights.vectors, "qkv_bias")
 
-    def attention(self, layer: int, qkv: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def attention(self, layer: int, qkv: np.ndarray, positions: np.ndarray, slot: int = 0) -> np.ndarray:
         """q, k, v of R rows at consecutive `positions` [R] -> attention's output [R, num_heads head_dim].
 
         Norms and rotates q and k, writes k and v to the cache, then attends to the cache: K and V of all
@@ -376,46 +526,46 @@ class CPUDecoder:
         q, k, v = np.split(heads, split, axis=1)
         q = self._norm_and_rotate(layer, "q_norm", q, positions)
         k = self._norm_and_rotate(layer, "k_norm", k, positions)
-        self._append(layer, positions, k, self._round(v))
+        self._append(layer, slot, positions, k, self._round(v))
         # The query heads of one KV head become rows beside each other: [num_kv_heads, R * groups, head_dim].
         q = q.reshape(len(q), config.num_kv_heads, groups, config.head_dim)
         q = q.transpose(1, 0, 2, 3).reshape(config.num_kv_heads, -1, config.head_dim)
-        out = self._round(self._attend(layer, q, np.repeat(positions, groups)))
+        out = self._round(self._attend(layer, slot, q, np.repeat(positions, groups)))
         out = out.reshape(config.num_kv_heads, len(qkv), groups * config.head_dim)
         return out.transpose(1, 0, 2).reshape(len(qkv), -1)
 
-    def o_proj(self, layer: int, attn: np.ndarray, x: np.ndarray, start: int = 0) -> np.ndarray:
+    def o_proj(self, layer: int, attn: np.ndarray, x: np.ndarray, places: Places = 0) -> np.ndarray:
         """Attention's output [R, num_heads head_dim] and x [R, hidden_size] -> the new x."""
         weights = self._layers[layer]
-        return x + _add_bias(weights.o_proj.product(attn, start), weights.vectors, "o_bias")
+        return x + _add_bias(weights.o_proj.product(attn, places), weights.vectors, "o_bias")
 
-    def norm_gate_up(self, layer: int, x: np.ndarray, start: int = 0) -> np.ndarray:
+    def norm_gate_up(self, layer: int, x: np.ndarray, places: Places = 0) -> np.ndarray:
         """x [R, hidden_size] -> silu(gate) * up, rounded, [R, intermediate_size]."""
         weights = self._layers[layer]
         norm = weights.vectors["post_attention_layernorm"]
-        gate_up = self._norm_multiply(x, norm, weights.gate_up_proj, start)
+        gate_up = self._norm_multiply(x, norm, weights.gate_up_proj, places)
         gate_up = _add_bias(gate_up, weights.vectors, "gate_up_bias")
         gate_up = gate_up.reshape(len(x), -1, 2, 8)  # eight of gate, the same eight of up, and so on
         act = self._round(silu(gate_up[:, :, 0]) * gate_up[:, :, 1])
         return act.reshape(len(x), -1)[:, : self.config.intermediate_size]
 
-    def down_proj(self, layer: int, act: np.ndarray, x: np.ndarray, start: int = 0) -> np.ndarray:
+    def down_proj(self, layer: int, act: np.ndarray, x: np.ndarray, places: Places = 0) -> np.ndarray:
         """silu(gate) * up [R, intermediate_size] and x [R, hidden_size] -> the new x."""
         weights = self._layers[layer]
-        return x + _add_bias(weights.down_proj.product(act, start), weights.vectors, "down_bias")
+        return x + _add_bias(weights.down_proj.product(act, places), weights.vectors, "down_bias")
 
-    def norm_lm_head(self, x: np.ndarray, start: int = 0) -> np.ndarray:
+    def norm_lm_head(self, x: np.ndarray, places: Places = 0) -> np.ndarray:
         """x [R, hidden_size] -> logits [R, vocab_size]."""
-        return self._norm_multiply(x, self._norm, self._lm_head, start)
+        return self._norm_multiply(x, self._norm, self._lm_head, places)
 
     # ---- parts of stages ----
 
-    def _norm_multiply(self, x: np.ndarray, norm: np.ndarray, w: Matrix, start: int) -> np.ndarray:
+    def _norm_multiply(self, x: np.ndarray, norm: np.ndarray, w: Matrix, places: Places) -> np.ndarray:
         """RMSNorm(x) times w [rows, cols] transposed -> [R, rows].
 
         One over the root mean square comes after the product: blocks that publish x need not know it.
         """
-        product = w.product(self._round(x * norm), start)
+        product = w.product(self._round(x * norm), places)
         return product * inverse_rms(x, self.config.rms_norm_eps)
 
     def _norm_and_rotate(self, layer: int, norm: str, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -426,17 +576,17 @@ class CPUDecoder:
         low, high = np.split(x, 2, axis=-1)
         return self._round(np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1))
 
-    def _append(self, layer: int, positions: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    def _append(self, layer: int, slot: int, positions: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         """Write k and v [R, num_kv_heads, head_dim] to the cache at `positions` [R].
 
         Positions that a row does not see are multiplied by 0, so nothing that is not finite may get in.
         """
         if not (np.isfinite(k).all() and np.isfinite(v).all()):
             raise GenerationError(f"layer {layer}: non-finite keys or values: finite numbers expected")
-        self.key_cache[layer][:, positions] = k.swapaxes(0, 1)
-        self.value_cache[layer][:, positions] = v.swapaxes(0, 1)
+        self.key_cache[layer, slot][:, positions] = k.swapaxes(0, 1)
+        self.value_cache[layer, slot][:, positions] = v.swapaxes(0, 1)
 
-    def _attend(self, layer: int, q: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def _attend(self, layer: int, slot: int, q: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Queries [num_kv_heads, n, head_dim] at `positions` [n] over the cache -> the same shape, unrounded.
 
         Each block of 256 absolute positions has a softmax of its own; they are merged in ascending order.
@@ -444,7 +594,7 @@ class CPUDecoder:
         window = self._layers[layer].window
         first = max(0, int(positions.min()) - window + 1) if window else 0
         blocks = range(first // KV_BLOCK, int(positions.max()) // KV_BLOCK + 1)
-        parts = [self._attend_block(layer, q, positions, block) for block in blocks]
+        parts = [self._attend_block(layer, slot, q, positions, block) for block in blocks]
         top = np.max([block_top for block_top, _, _ in parts], axis=0)
         total, out = np.zeros_like(top), np.zeros_like(q)
         for block_top, block_total, block_out in parts:
@@ -454,25 +604,25 @@ class CPUDecoder:
         return out / total
 
     def _attend_block(
-        self, layer: int, q: np.ndarray, positions: np.ndarray, block: int
+        self, layer: int, slot: int, q: np.ndarray, positions: np.ndarray, block: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A block's largest score [num_kv_heads, n, 1], sum of exponentials (the same) and sum of values.
 
         A row that sees nothing of the block gets -infinity, 0 and 0, which add nothing when merged.
         """
         span = slice(block * KV_BLOCK, (block + 1) * KV_BLOCK)
-        keys, values = self.key_cache[layer][:, span], self.value_cache[layer][:, span]
+        keys, values = self.key_cache[layer, slot][:, span], self.value_cache[layer, slot][:, span]
         window = self._layers[layer].window
-        slot = int(positions[0]) * self.config.num_heads // self.config.num_kv_heads
+        place = int(positions[0]) * self.config.num_heads // self.config.num_kv_heads
         column, row = np.arange(span.start, span.stop), positions[:, None]
         visible = column <= row
         if window:
             visible &= column > row - window
-        scores = multiply(q, keys, slot) * self.config.head_dim**-0.5
+        scores = multiply(q, keys, place) * self.config.head_dim**-0.5
         scores = np.where(visible, scores, -np.inf)
         top = scores.max(axis=-1, keepdims=True)
         p = self._round(np.exp(scores - np.where(visible.any(axis=-1, keepdims=True), top, 0.0)))
-        return top, p.sum(axis=-1, keepdims=True), multiply(p, values.swapaxes(-1, -2), slot)
+        return top, p.sum(axis=-1, keepdims=True), multiply(p, values.swapaxes(-1, -2), place)
 
 
 def _add_bias(y: np.ndarray, vectors: dict[str, np.ndarray], name: str) -> np.ndarray:

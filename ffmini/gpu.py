@@ -37,7 +37,7 @@ from .kernel import (
 from .layout import KEY_ROTATION, VALUE_ROTATION, in_order
 from .memory import available_memory
 from .packing import PackedModel, vectors_length
-from .passes import Work, check_pass, check_slot, check_works
+from .passes import Work, check_cache, check_pass, check_slot, check_works
 from .results import HostMemory, check_query
 from .rope import rope_tables
 
@@ -790,12 +790,10 @@ class GPUDecoder:
 
     def write_cache(self, slot: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Make `keys` and `values`, as read_cache() gives them, those of the slot's first positions."""
-        config, count = self.config, keys.shape[-2]
-        self._check_cache(slot, count)
-        expected = config.num_layers, config.num_kv_heads, count, config.head_dim
-        for vectors in (keys, values):
-            if vectors.shape != expected or vectors.dtype != np.uint16:
-                raise ValueError(f"uint16 {expected} expected, found {vectors.dtype} {vectors.shape}")
+        config = self.config
+        for bits in (keys, values):
+            check_cache(bits, config.num_layers, config.num_kv_heads, config.head_dim, self.max_seq_len)
+        self._check_cache(slot, keys.shape[2])
         with self._on_device():
             self._write(self.key_cache[:, slot], keys, KEY_ROTATION)
             self._write(self.value_cache[:, slot], values, VALUE_ROTATION)

@@ -16,7 +16,7 @@ from .cpu import held_bytes
 from .errors import DeviceError
 from .layout import FORMATS, MatrixLayout
 from .memory import available_memory
-from .model import bundled_model_path, choose_device, context_length, load_packed
+from .model import bundled_model_path, check_batch_size, choose_device, context_length, load_packed
 from .packing import LAYER_MATRICES, is_packed, make_layouts, vectors_length
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -132,12 +132,14 @@ def parts_table(parts: list[Part]) -> list[str]:
     return lines
 
 
-def needed_line(config: ModelConfig, parts: list[Part], max_seq_len: int, ordinal: int | None) -> str:
+def needed_line(
+    config: ModelConfig, parts: list[Part], max_seq_len: int, ordinal: int | None, slots: int = 1
+) -> str:
     """What weights and KV cache would take on GPU `ordinal` (None: the CPU), and what is free there.
 
     A pass's scratch comes on top: it depends on the build of the kernel, and is small.
     """
-    cache = gpu.kv_cache_bytes(config, max_seq_len)
+    cache = slots * gpu.kv_cache_bytes(config, max_seq_len)
     weights = sum(part.nbytes for part in parts)
     free = available_memory() if ordinal is None else gpu.free_memory(ordinal)
     where = f"cuda:{ordinal}"
@@ -145,10 +147,11 @@ def needed_line(config: ModelConfig, parts: list[Part], max_seq_len: int, ordina
         # The CPU path unpacks the matrices and keeps K and V in float32; an embedding table stays as it is.
         weights = sum(part.nbytes_on_cpu for part in parts)
         cache, where = 2 * cache, "the CPU, in float32"
+    sequences = "" if slots == 1 else f"{slots} sequences of "
     verdict = "fits" if weights + cache <= free else "does not fit"
     return (
-        f"needs {_mib(weights)} of weights + {_mib(cache)} of KV cache for {max_seq_len} tokens on {where}; "
-        f"{_mib(free)} free: {verdict}"
+        f"needs {_mib(weights)} of weights + {_mib(cache)} of KV cache for {sequences}{max_seq_len} tokens "
+        f"on {where}; {_mib(free)} free: {verdict}"
     )
 
 
@@ -156,8 +159,11 @@ def _mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:,.1f} MiB"
 
 
-def model_lines(model: str | None, dtype: str | None, device: str, max_seq_len: int | None) -> list[str]:
+def model_lines(
+    model: str | None, dtype: str | None, device: str, max_seq_len: int | None, max_batch_size: int = 1
+) -> list[str]:
     """Shape, parts and memory of a model, arguments as in `ffmini.load`; nothing large is read."""
+    check_batch_size(max_batch_size)
     ordinal = choose_device(device)
     directory = bundled_model_path() if model is None else resolve_model(model)
     config = load_config(directory)
@@ -178,7 +184,7 @@ def model_lines(model: str | None, dtype: str | None, device: str, max_seq_len: 
         *parts_table(parts),
         "",
         f"KV cache: {gpu.kv_cache_bytes(config, 1):,} bytes per token in bf16",
-        needed_line(config, parts, max_seq_len, ordinal),
+        needed_line(config, parts, max_seq_len, ordinal, max_batch_size),
     ]
 
 
@@ -202,6 +208,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-m", "--model", nargs="?", const="", help="model directory or org/name; alone: the bundled model"
     )
     add_model_arguments(parser)
+    parser.add_argument(
+        "--max-batch-size", type=int, default=1, metavar="N", help="sequences to make room for (default: 1)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -209,6 +218,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what `args` ask for on stdout; returns 0, errors are raised."""
     lines = environment_lines()
     if args.model is not None:
-        lines += ["", *model_lines(args.model or None, args.dtype, args.device, args.max_seq_len)]
+        arguments = (args.model or None, args.dtype, args.device, args.max_seq_len, args.max_batch_size)
+        lines += ["", *model_lines(*arguments)]
     print("\n".join(lines))
     return 0

@@ -6,242 +6,151 @@ import re
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from . import gpu
-from .candidates import Query
 from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
 from .convert import pack_checkpoint
 from .cpu import CPUDecoder
-from .errors import BusyError, DeviceError, UnsupportedError
+from .engine import Decoder, Engine
+from .errors import BusyError, CheckpointError, DeviceError, UnsupportedError
+from .generation import Completion, Run
 from .layout import FORMATS
-from .options import GenerationOptions, OptionsDict, resolve_options
-from .packing import PackedModel, is_packed, read_packed
+from .options import OptionsDict, resolve_options, split_options
+from .packing import PackedModel, is_packed, read_packed, weights_digest
 from .resources import resource_dir
-from .sampler import Sampler, TokenLogprobs
+from .snapshot import read_snapshot, write_snapshot
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Decoder = CPUDecoder | gpu.GPUDecoder
 Prompt = str | Sequence[int] | np.ndarray  # text, or token ids [n]
 
 DEFAULT_MAX_SEQ_LEN = 4096
-PROMPT_CHUNK = 512  # rows per call of the decoder, between which Ctrl-C is noticed
+MAX_BATCH_SIZE = 16
 
 
-@dataclass(frozen=True)
-class Usage:
-    """How many tokens went in and came out."""
+class _OpenStream:
+    """What the streams of one and of several prompts have in common."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Wall time inside ffmini. The prompt's pass yields the first token, so the rate counts the others."""
-
-    prompt_seconds: float
-    prompt_tokens_per_second: float
-    generation_seconds: float
-    generation_tokens_per_second: float  # 0 if there is no second token
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a model made of a prompt."""
-
-    text: str  # what the new tokens add to the prompt: no special tokens, cut before a stop string
-    tokens: list[int]  # all new tokens, those of a stop string and the one that ended the text included
-    finish_reason: str  # "stop": EOS, stop_token_ids, stop string; "length": max_new_tokens or a full context
-    usage: Usage
-    timings: Timings
-    logprobs: list[TokenLogprobs] | None  # one per new token, if asked for
-    seed: int  # gives the same text again on the same device and build
-
-
-class StopFilter:
-    """Cuts text before the stop string that is complete first, however the text comes in pieces."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stopped = False
-        self._stops = stops
-        self._held = ""  # could be the beginning of a stop string
-
-    def push(self, piece: str) -> str:
-        """The text that can be shown now that `piece` has come; nothing more once `stopped` is set."""
-        self._held += piece
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        self.stopped = bool(found)
-        cut = min(found)[1] if found else len(self._held) - self._partial()
-        shown, self._held = self._held[:cut], "" if found else self._held[cut:]
-        return shown
-
-    def flush(self) -> str:
-        """The text that was held back in vain."""
-        shown, self._held = self._held, ""
-        return shown
-
-    def _partial(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
-                return length
-        return 0
-
-
-class _Run:
-    """One generation under way: the loop of pass, sample, decode, taken one token at a time."""
-
-    def __init__(self, model: Model, prompt: np.ndarray, options: GenerationOptions, ahead: bool) -> None:
-        """`ahead`: each step follows the one before at once, so passes may begin in advance."""
-        self.finish_reason: str | None = None
-        self._model = model  # not its decoder: a run that is kept must not keep the weights
-        self._prompt = prompt
-        self._ahead = ahead
-        self._budget = min(options.max_new_tokens, model.max_seq_len - len(prompt))
-        self._sampler = Sampler(options, prompt, model.config.eos_token_ids, model.config.vocab_size)
-        self._pieces = model.tokenizer.stream(prompt.tolist())
-        self._filter = StopFilter(options.stop)
-        self._has_stops = len(options.stop) > 0
-        self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprobs] | None = None if options.logprobs is None else []
-        self._text: list[str] = []
-        self._begun = False  # whether the next token's pass is
-        self._prompt_seconds = self._generation_seconds = 0.0
-        if self._budget == 0:
-            self.finish_reason = "length"
-
-    def step(self) -> str:
-        """Make one more token; returns the text that can be shown now. Not to be called after the finish."""
-        began = perf_counter()
-        if not self._begun:
-            self._begin()
-        token, logprobs = self._sampler.sample(self._model._decoder.candidates())
-        self._begun = False
-        if not self._tokens:
-            self._prompt_seconds, began = perf_counter() - began, perf_counter()
-        self._tokens.append(token)
-        if self._surely_goes_on(token):
-            self._begin()  # the text can wait while the pass runs
-        if self._logprobs is not None and logprobs is not None:
-            self._logprobs.append(logprobs)
-        shown = self._show(token)
-        self._text.append(shown)
-        self._generation_seconds += perf_counter() - began
-        return shown
-
-    def completion(self) -> Completion:
-        """The result; only after the finish."""
-        assert self.finish_reason is not None
-        prompt, new = len(self._prompt), len(self._tokens)
-        timings = Timings(
-            self._prompt_seconds,
-            prompt / self._prompt_seconds if self._prompt_seconds else 0.0,
-            self._generation_seconds,
-            (new - 1) / self._generation_seconds if new > 1 else 0.0,
-        )
-        return Completion(
-            text="".join(self._text),
-            tokens=self._tokens,
-            finish_reason=self.finish_reason,
-            usage=Usage(prompt, new, prompt + new),
-            timings=timings,
-            logprobs=self._logprobs,
-            seed=self._sampler.seed,
-        )
-
-    def _surely_goes_on(self, token: int) -> bool:
-        """Whether another token follows `token` at once, whatever the text is."""
-        ends = token in self._sampler.end_token_ids or len(self._tokens) == self._budget
-        return self._ahead and not ends and not self._has_stops
-
-    def _begin(self) -> None:
-        """Start the passes of the prompt, or of the newest token, for the sampler's query."""
-        decoder, query = self._model._decoder, self._sampler.query()
-        prompt, new = len(self._prompt), len(self._tokens)
-        ahead = self._ahead and new + 1 < self._budget
-        if new == 0:
-            _begin_prompt(decoder, self._prompt, query, ahead)
-        else:
-            decoder.begin(np.array(self._tokens[-1:]), prompt + new - 1, query, ahead)
-        self._begun = True
-
-    def _show(self, token: int) -> str:
-        """Text that becomes visible with `token`; sets finish_reason if it is the last one."""
-        ends = token in self._sampler.end_token_ids
-        shown = "" if ends else self._filter.push(self._pieces.push(token))
-        if not self._filter.stopped and (ends or len(self._tokens) == self._budget):
-            shown += self._filter.push(self._pieces.flush())
-            if not self._filter.stopped:
-                shown += self._filter.flush()
-                self.finish_reason = "stop" if ends else "length"
-        if self._filter.stopped:
-            self.finish_reason = "stop"
-        return shown
-
-
-class Stream(Iterator[str]):
-    """The text of one generation piece by piece, each piece valid UTF-8 and not empty.
-
-    The model is busy until the stream is exhausted, closed (`close`, or a with block), interrupted, or
-    no longer referred to. `completion` is the whole result once the stream is exhausted, None before.
-    """
-
-    def __init__(self, model: Model, run: _Run) -> None:
-        self.completion: Completion | None = None
-        self._model = model
-        self._run = run
-        self._closed = False
-        self._note_finish()
+    def __init__(self, model: Model, runs: Sequence[Run]) -> None:
+        self._model = model  # not its decoder: a stream that is kept must not keep the weights
+        self._runs = runs
+        self._left = {run: i for i, run in enumerate(runs) if run.goes_on}
+        self._pieces: deque[tuple[int, str]] = deque()  # not yet given out, with the number of the prompt
 
     @property
     def is_open(self) -> bool:
-        """Whether more text may come."""
-        return not self._closed
+        """Whether more text may come from the model, which is busy until then."""
+        return bool(self._left)
 
     def close(self) -> None:
         """Give the model back; the rest of the text is never made."""
-        self._closed = True
-
-    def __next__(self) -> str:
-        with self._model._lock:
-            while self.is_open:
-                try:
-                    self._model._require_loaded()
-                    piece = self._run.step()
-                except BaseException:  # Ctrl-C too leaves the model usable
-                    self.close()
-                    raise
-                self._note_finish()
-                if piece:
-                    return piece
-        raise StopIteration
-
-    def __enter__(self) -> Stream:
-        return self
+        self._left.clear()
+        self._pieces.clear()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
-    def _note_finish(self) -> None:
-        if self._run.finish_reason is not None:
-            self.completion = self._run.completion()
-            self.close()
+    def _next(self) -> tuple[int, str]:
+        """The next piece and the number of its prompt; StopIteration if there is none."""
+        with self._model._lock:
+            while not self._pieces and self._left:
+                try:
+                    news = self._model._require_loaded().step()
+                except BaseException:  # Ctrl-C too leaves the model usable
+                    self.close()
+                    raise
+                for run, piece in news:
+                    index = self._left.get(run)
+                    if index is None:  # closed by another thread
+                        continue
+                    if piece:
+                        self._pieces.append((index, piece))
+                    if not run.goes_on:
+                        self._left.pop(run, None)
+                        self._note_finish(index)
+        if not self._pieces:
+            raise StopIteration
+        return self._pieces.popleft()
+
+    def _note_finish(self, index: int) -> None:
+        raise NotImplementedError
+
+
+class Stream(_OpenStream, Iterator[str]):
+    """The text of one generation piece by piece, each piece valid UTF-8 and not empty.
+
+    The model is busy until the stream is exhausted, closed (`close`, or a with block), interrupted, or
+    no longer referred to. `completion` is the whole result once the stream is exhausted, None before.
+    """
+
+    def __init__(self, model: Model, run: Run) -> None:
+        self.completion: Completion | None = None
+        super().__init__(model, [run])
+        if not run.goes_on:
+            self._note_finish(0)
+
+    def __next__(self) -> str:
+        try:
+            return self._next()[1]
+        except StopIteration:
+            error, self._runs[0].error = self._runs[0].error, None  # raised once
+            if error is not None:
+                raise error from None
+            raise
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def _note_finish(self, index: int) -> None:
+        if self._runs[0].error is None:
+            self.completion = self._runs[0].completion()
+
+
+class BatchStream(_OpenStream, Iterator[tuple[int, str]]):
+    """The texts of several prompts as they come: (number of the prompt, piece), no piece empty.
+
+    As a Stream it keeps the model busy. `completions` holds the results of those that have finished, None for
+    the others, also for those that were closed.
+    """
+
+    def __init__(self, model: Model, runs: Sequence[Run]) -> None:
+        self.completions: list[Completion | None] = [None] * len(runs)
+        super().__init__(model, runs)
+        for i, run in enumerate(runs):
+            if not run.goes_on:
+                self._note_finish(i)
+
+    def close(self, index: int | None = None) -> None:
+        """End the text of prompt number `index`, so that a waiting one takes its place; or, without, all."""
+        if index is None:
+            super().close()
+            return
+        run = self._runs[index]
+        self._pieces = deque(item for item in self._pieces if self._runs[item[0]] is not run)
+        with self._model._lock:
+            if self._left.pop(run, None) is not None and self._model._engine is not None:
+                self._model._engine.drop(run)
+
+    def __next__(self) -> tuple[int, str]:
+        return self._next()
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def _note_finish(self, index: int) -> None:
+        self.completions[index] = self._runs[index].completion()
 
 
 class Model:
@@ -254,44 +163,78 @@ class Model:
     """
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, defaults: GenerationDefaults, dtype: str
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        defaults: GenerationDefaults,
+        dtype: str,
+        weights: str | None = None,
     ) -> None:
-        """Use `ffmini.load`; this puts together parts that are loaded already."""
+        """Use `ffmini.load`; this puts together parts that are loaded already. `weights`: their digest."""
         self.config: ModelConfig = decoder.config
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.device: str = decoder.device
         self.max_seq_len: int = decoder.max_seq_len
+        self.max_batch_size: int = decoder.num_slots
         self._decoder: Decoder | None = decoder
+        self._engine: Engine | None = Engine(decoder)
         self._defaults = defaults
+        self._weights = weights
         self._lock = threading.Lock()
-        self._stream: weakref.ref[Stream] | None = None
+        self._stream: weakref.ref[Stream | BatchStream] | None = None
 
-    def generate(self, prompt: Prompt, **options: Unpack[OptionsDict]) -> Completion:
+    @overload
+    def generate(self, prompt: Prompt, **options: Unpack[OptionsDict]) -> Completion: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[Completion]: ...
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Completion | list[Completion]:
         """Continue `prompt`: text, or token ids that are taken as they are (no BOS is added).
+
+        A list of prompts gives a list of Completions, each what its prompt gives alone with the same seed:
+        max_batch_size (see load) of them are under way together, the others take the places of those that
+        end. An option may then be a list or tuple of one value per prompt; stop and stop_token_ids, which
+        may be lists themselves, are that if there is a list or tuple in them.
 
         Raises TypeError for an unknown option, ValueError for a bad one, for an empty prompt, for ids
         outside the vocabulary and for a prompt longer than the context, BusyError while a stream is open,
-        GenerationError if a pass fails.
+        GenerationError if a pass fails; in a list the Completion of that prompt says so instead.
         """
-        ids, resolved = self._prompt_ids(prompt), self._resolve(options)
+        is_batch = _is_batch(prompt)
+        runs = self._runs(prompt if is_batch else [prompt], options, is_batch)
         with self._lock:
-            self._require_free()
-            run = _Run(self, ids, resolved, ahead=True)
+            engine = self._require_free()
+            engine.start(runs, ahead=True)
             try:
-                while run.finish_reason is None:
-                    run.step()
+                while engine.busy:
+                    engine.step()
             finally:
-                self._decoder.settle()
-        return run.completion()
+                engine.stop()
+        if is_batch:
+            return [run.completion() for run in runs]
+        if runs[0].error is not None:
+            raise runs[0].error
+        return runs[0].completion()
 
-    def stream(self, prompt: Prompt, **options: Unpack[OptionsDict]) -> Stream:
-        """Like `generate`, but an iterator over pieces of the text; errors in the arguments raise at once."""
-        ids, resolved = self._prompt_ids(prompt), self._resolve(options)
+    @overload
+    def stream(self, prompt: Prompt, **options: Unpack[OptionsDict]) -> Stream: ...
+
+    @overload
+    def stream(self, prompt: Sequence[Prompt], **options: Any) -> BatchStream: ...
+
+    def stream(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Stream | BatchStream:
+        """Like `generate`, but an iterator over pieces of the text, for a list of prompts over (i, piece).
+
+        Errors in the arguments raise at once.
+        """
+        is_batch = _is_batch(prompt)
+        runs = self._runs(prompt if is_batch else [prompt], options, is_batch)
         with self._lock:
-            self._require_free()
-            # Not ahead: a reader that pauses would keep a pass waiting.
-            stream = Stream(self, _Run(self, ids, resolved, ahead=False))
+            engine = self._require_free()
+            engine.start(runs, ahead=False)  # a reader that pauses would keep a pass waiting
+            stream = BatchStream(self, runs) if is_batch else Stream(self, runs[0])
             self._stream = weakref.ref(stream)
         return stream
 
@@ -311,12 +254,35 @@ class Model:
         """Logits (float32 [n, vocab_size]) after each of the ids `tokens` [n], 1 <= n <= max_seq_len."""
         ids = self._prompt_ids(self._checked_ids(tokens))
         with self._lock:
-            self._require_free()
-            out = np.empty((len(ids), self.config.vocab_size), np.float32)
-            for start in range(0, len(ids), PROMPT_CHUNK):
-                rows = slice(start, start + PROMPT_CHUNK)
-                out[rows] = self._decoder.forward(ids[rows], start, "all")
-        return out
+            return self._require_free().logits(ids)
+
+    def save_cache(self, path: str | Path) -> int:
+        """Write the keys and values of the last sequence to a safetensors file; returns how many tokens'.
+
+        `load_cache` gives them to a model of the same weights, on any device. The file is there whole or not
+        at all. Raises ValueError if nothing has been computed, BusyError while a stream is open, OSError.
+        """
+        with self._lock:
+            snapshot = self._require_free().read_slot()
+        if snapshot is None:
+            raise ValueError("keys and values of a sequence expected, nothing has been computed yet")
+        write_snapshot(Path(path), snapshot, self._cache_origin())
+        return len(snapshot.tokens)
+
+    def load_cache(self, path: str | Path) -> int:
+        """Read what `save_cache` wrote, so that prompts that begin with its tokens need not compute them.
+
+        Returns how many tokens those are. Raises CheckpointError if the file is damaged, comes from other
+        weights or does not fit max_seq_len, BusyError while a stream is open.
+        """
+        with self._lock:
+            engine = self._require_free()
+            snapshot = read_snapshot(Path(path), self._cache_origin(), self.config, self.max_seq_len)
+            try:
+                engine.write_slot(snapshot)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+        return len(snapshot.tokens)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with BOS where the model wants it unless told otherwise."""
@@ -332,7 +298,7 @@ class Model:
         Closing twice is fine.
         """
         with self._lock:
-            decoder, self._decoder = self._decoder, None
+            decoder, self._decoder, self._engine = self._decoder, None, None
             if decoder is not None:
                 decoder.close()
 
@@ -344,8 +310,23 @@ class Model:
     ) -> None:
         self.close()
 
-    def _resolve(self, options: Mapping[str, Any]) -> GenerationOptions:
-        return resolve_options(self._defaults, options, self.config.vocab_size)
+    def _cache_origin(self) -> str:
+        """What keys and values depend on besides their tokens."""
+        if self._weights is None:
+            raise ValueError("a model made by ffmini.load expected: this one's weights are not known")
+        if self.config.rope.type == "dynamic":  # its base depends on the context
+            return f"{self._weights} with max_seq_len {self.max_seq_len}"
+        return self._weights
+
+    def _runs(self, prompts: Sequence[Prompt], options: Mapping[str, Any], is_batch: bool) -> list[Run]:
+        """A run for each of the prompts; called by what the user calls, which warnings are to name."""
+        each = split_options(options, len(prompts)) if is_batch else [options]
+        runs = []
+        for prompt, given in zip(prompts, each, strict=True):
+            ids = self._prompt_ids(prompt)
+            resolved = resolve_options(self._defaults, given, self.config.vocab_size)
+            runs.append(Run(ids, resolved, self.config, self.tokenizer, self.max_seq_len))
+        return runs
 
     def _prompt_ids(self, prompt: Prompt) -> np.ndarray:
         """`prompt` as token ids [n], n from 1 to max_seq_len."""
@@ -372,15 +353,24 @@ class Model:
             raise ValueError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size}")
         return ids.astype(np.int64)
 
-    def _require_loaded(self) -> None:
-        if self._decoder is None:
+    def _require_loaded(self) -> Engine:
+        if self._engine is None:
             raise ValueError("the model is closed")
+        return self._engine
 
-    def _require_free(self) -> None:
-        self._require_loaded()
+    def _require_free(self) -> Engine:
+        engine = self._require_loaded()
         stream = None if self._stream is None else self._stream()
         if stream is not None and stream.is_open:
             raise BusyError("a stream of this model is still open: exhaust it or call its close() first")
+        return engine
+
+
+def _is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is a list of prompts, not one."""
+    return isinstance(prompt, (list, tuple)) and any(
+        isinstance(item, (str, list, tuple, np.ndarray)) for item in prompt
+    )
 
 
 def load(
@@ -388,6 +378,7 @@ def load(
     device: str = "auto",
     dtype: str | None = None,
     max_seq_len: int | None = None,
+    max_batch_size: int = 1,
 ) -> Model:
     """Load a model from a Hugging Face or packed directory or, as "org/name", from the Hugging Face cache.
 
@@ -395,12 +386,14 @@ def load(
     device: "cpu", "cuda", "cuda:N", or "auto": the GPU if one is usable, and on stderr why if not.
     dtype: "bf16" (a Hugging Face directory's default), "int8" or "int4"; a packed directory has its own.
     max_seq_len: tokens of context to make room for; by default 4096 or the model's limit if that is less.
+    max_batch_size: how many sequences to make room for, of max_seq_len tokens each, 1 to 16.
 
     Raises CheckpointError for damaged or missing files, UnsupportedError for a model that ffmini can't run,
     DeviceError for a GPU that can't be used, MemoryBudgetError if it doesn't fit, ValueError for arguments.
     """
     if dtype is not None and dtype not in FORMATS:
         raise ValueError(f"dtype must be one of {', '.join(FORMATS)}, not {dtype!r}")
+    check_batch_size(max_batch_size)
     ordinal = choose_device(device)
     directory = bundled_model_path() if path is None else resolve_model(path)
     config = load_config(directory)
@@ -408,12 +401,13 @@ def load(
     tokenizer = Tokenizer(directory)
     defaults = load_generation_defaults(directory)
     packed = load_packed(directory, dtype)
-    decoder = make_decoder(packed, ordinal, max_seq_len)
+    decoder = make_decoder(packed, ordinal, max_seq_len, max_batch_size)
+    slots = "" if max_batch_size == 1 else f"{max_batch_size} slots of "
     _say(
-        f"{directory.name} ({packed.format}) on {decoder.device}, context {max_seq_len}, "
-        f"KV cache {gpu.kv_cache_bytes(config, max_seq_len) / 2**20:.1f} MiB"
+        f"{directory.name} ({packed.format}) on {decoder.device}, {slots}context {max_seq_len}, "
+        f"KV cache {max_batch_size * gpu.kv_cache_bytes(config, max_seq_len) / 2**20:.1f} MiB"
     )
-    return Model(decoder, tokenizer, defaults, packed.format)
+    return Model(decoder, tokenizer, defaults, packed.format, weights_digest(packed))
 
 
 def bundled_model_path() -> Path:
@@ -435,11 +429,11 @@ def context_limit(config: ModelConfig) -> int:
     return max(config.max_position_embeddings, int(trained * factor))
 
 
-def make_decoder(packed: PackedModel, ordinal: int | None, max_seq_len: int) -> Decoder:
+def make_decoder(packed: PackedModel, ordinal: int | None, max_seq_len: int, num_slots: int = 1) -> Decoder:
     """The decoder for `packed` on GPU number `ordinal`, or on the CPU for None."""
     if ordinal is None:
-        return CPUDecoder(packed, max_seq_len)
-    return gpu.GPUDecoder(packed, max_seq_len, ordinal)
+        return CPUDecoder(packed, max_seq_len, num_slots)
+    return gpu.GPUDecoder(packed, max_seq_len, ordinal, num_slots=num_slots)
 
 
 def choose_device(device: str) -> int | None:
@@ -472,6 +466,12 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
+def check_batch_size(size: int) -> None:
+    """Raise ValueError unless so many sequences can be made room for."""
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_BATCH_SIZE:
+        raise ValueError(f"max_batch_size must be an integer from 1 to {MAX_BATCH_SIZE}, not {size!r}")
+
+
 def load_packed(directory: Path, dtype: str | None) -> PackedModel:
     """The weights of `directory`, mapped if it is packed, else packed in memory; dtype as in load."""
     if not is_packed(directory):
@@ -486,14 +486,6 @@ def load_packed(directory: Path, dtype: str | None) -> PackedModel:
 
 def _say(text: str) -> None:
     print(f"ffmini: {text}", file=sys.stderr, flush=True)
-
-
-def _begin_prompt(decoder: Decoder, ids: np.ndarray, query: Query, ahead: bool) -> None:
-    """Start the passes of the token ids `ids` [n], n > 0; the decoder's candidates() follow the last."""
-    last = (len(ids) - 1) // PROMPT_CHUNK * PROMPT_CHUNK
-    for start in range(0, last, PROMPT_CHUNK):
-        decoder.forward(ids[start : start + PROMPT_CHUNK], start, "none")
-    decoder.begin(ids[last:], last, query, ahead)
 
 
 _last_lock = threading.Lock()
@@ -513,4 +505,7 @@ def generate(prompt: Prompt, model: str | Path | None = None, **options: Unpack[
                 _last_model[1].close()
                 _last_model = None
             _last_model = directory, load(directory)
-        return _last_model[1].generate(prompt, **options).text
+        done = _last_model[1].generate(prompt, **options)
+    if not isinstance(done, Completion):
+        raise ValueError("one prompt expected, found a list: Model.generate takes several")
+    return done.text

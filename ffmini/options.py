@@ -14,6 +14,7 @@ from .config import GenerationDefaults
 
 ALIASES = {"max_tokens": "max_new_tokens", "repeat_penalty": "repetition_penalty"}
 MAX_BIAS = 1e6
+_LISTS = ("stop", "stop_token_ids")  # whose values may be lists
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     stop_token_ids: tuple[int, ...] = ()  # end the text like EOS
     ignore_eos: bool = False  # EOS is a token like any other
+    prompt_lookup_num_tokens: int = 0  # guess up to so many tokens from earlier text; alters the speed alone
     logprobs: int | None = None  # report log-probabilities of the chosen token and of the n most likely
 
 
@@ -60,6 +62,7 @@ class OptionsDict(TypedDict, total=False):
     stop: str | Iterable[str] | None
     stop_token_ids: int | Iterable[int] | None
     ignore_eos: bool | None
+    prompt_lookup_num_tokens: int | None
     logprobs: int | None
 
 
@@ -96,6 +99,26 @@ def resolve_options(
             stacklevel=4,
         )
     return options
+
+
+def split_options(given: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """`given` for each of `count` prompts: a list or tuple holds one value per prompt, None for the default.
+
+    stop and stop_token_ids may be lists themselves: one of them holds one value per prompt if there is a list
+    or tuple in it. Anything else is for all prompts. ValueError for a list of another length.
+    """
+    split: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, value in given.items():
+        is_list = isinstance(value, (list, tuple))
+        if is_list and name in _LISTS:
+            is_list = any(isinstance(item, (list, tuple)) for item in value)
+        if is_list and len(value) != count:
+            raise ValueError(
+                f"{name}: a list of {count} values, one per prompt, expected, found {len(value)}"
+            )
+        for i, options in enumerate(split):
+            options[name] = value[i] if is_list else value
+    return split
 
 
 def _canonical_names(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,5 +227,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stop": _strings,
     "stop_token_ids": _token_ids,
     "ignore_eos": _flag,
+    "prompt_lookup_num_tokens": _integer(0),
     "logprobs": _integer(0),
 }

@@ -13,6 +13,7 @@ starts at a 128-byte boundary of the file and can be used where it is mapped. Th
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -55,6 +56,7 @@ ALIGNMENT = 128
 VECTOR_ALIGNMENT = 4  # floats: the kernel reads vectors 16 bytes at a time
 ALWAYS_VERIFIED_BYTES = 64 << 20
 _DIGEST_BYTES = 16
+_SAMPLES, _SAMPLE_BYTES = 16, 4096  # of a tensor
 _NO_DIGEST = "0" * (2 * _DIGEST_BYTES)
 _DTYPE_NAMES = {"u1": "U8", "u2": "BF16", "f4": "F32"}
 
@@ -316,6 +318,27 @@ class PackedModel:
         """Bytes of all weights."""
         embed = 0 if self.embed_tokens is None else self.embed_tokens.nbytes
         return sum(layer.nbytes for layer in self.layers) + self.lm_head.nbytes + embed + self.norm.nbytes
+
+
+def weights_digest(packed: PackedModel) -> str:
+    """Tells a model's weights from others, in memory or on disk: 32 hexadecimal digits.
+
+    Of the configuration, the vectors, and _SAMPLES pieces of every other tensor: milliseconds for any model.
+    """
+    facts = dataclasses.asdict(packed.config) | {"format": packed.format, "group_size": packed.group_size}
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=_DIGEST_BYTES)
+    for layer in packed.layers:
+        digest.update(np.ascontiguousarray(layer.vectors))
+    digest.update(np.ascontiguousarray(packed.norm))
+    tensors = [getattr(layer, name) for layer in packed.layers for name in LAYER_MATRICES]
+    tensors += [packed.lm_head] + ([] if packed.embed_tokens is None else [packed.embed_tokens])
+    for tensor in tensors:
+        data = tensor.reshape(-1).view(np.uint8)
+        last = max(0, data.size - _SAMPLE_BYTES)
+        for i in range(_SAMPLES):
+            at = last * i // (_SAMPLES - 1)
+            digest.update(np.ascontiguousarray(data[at : at + _SAMPLE_BYTES]))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

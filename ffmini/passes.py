@@ -1,4 +1,4 @@
-"""What a decoder is asked for, and what every one demands of its arguments."""
+"""What a decoder's passes are asked for, and what every decoder demands of that."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_pass(tokens: np.ndarray, start: int, logits: str, max_seq_len: int, vo
 
 
 def check_slot(slot: int, num_slots: int) -> None:
-    """Raise ValueError unless there is a slot of that number."""
+    """Raise ValueError unless there is a slot of this number."""
     if not 0 <= slot < num_slots:
         raise ValueError(f"slot {slot} asked for, 0 to {num_slots - 1} exist")
 
@@ -60,10 +60,27 @@ def check_works(
             raise ValueError(f"{queries} rows queried, there are {count}")
         rows += count
         asked += queries
-    if len(works) > 1 and len({work.slot for work in works}) < len(works):
+    if len(works) != 1 and (not works or len({work.slot for work in works}) < len(works)):
         raise ValueError(f"works of distinct slots expected, found {[work.slot for work in works]}")
     if asked > max_rows:
         raise ValueError(f"at most {max_rows} rows can be queried together, found {asked}")
     if ahead and (len(works) != 1 or asked != 1):
         raise ValueError(f"a pass ahead of one query expected, found {len(works)} works of {asked} queries")
     return rows, asked
+
+
+def check_cache(
+    bits: np.ndarray, num_layers: int, num_kv_heads: int, head_dim: int, max_seq_len: int
+) -> None:
+    """Raise ValueError unless `bits` can be keys or values of a slot's first positions.
+
+    That is finite bf16 bits, uint16 [num_layers, num_kv_heads, count, head_dim], count <= max_seq_len.
+    """
+    count = bits.shape[2] if bits.ndim == 4 else 0
+    if bits.dtype != np.uint16 or bits.shape != (num_layers, num_kv_heads, count, head_dim):
+        expected = f"uint16 [{num_layers}, {num_kv_heads}, n, {head_dim}]"
+        raise ValueError(f"keys and values: {expected} expected, found {bits.dtype} {list(bits.shape)}")
+    if count > max_seq_len:
+        raise ValueError(f"keys and values of at most {max_seq_len} positions expected, found {count}")
+    if ((bits & 0x7F80) == 0x7F80).any():
+        raise ValueError("keys and values: finite numbers expected, found others")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,6 +147,7 @@ class Alterations:
         self._emitted = 0
         self._repeats = options.repetition_penalty != 1
         self._subtracts = options.presence_penalty != 0 or options.frequency_penalty != 0
+        self._tracks = self._repeats or self._subtracts  # the tokens of the text
         self._biases = np.array(list(options.logit_bias.values()), np.float32)
         for token in options.logit_bias:  # the first slots
             self._slot(token)
@@ -159,6 +161,10 @@ class Alterations:
     def ids(self) -> np.ndarray:
         """The tokens (int32 [n], distinct); only the text's newest token is ever added, at the end."""
         return self._ids[: len(self._slots)]
+
+    def would_add(self, token: int) -> bool:
+        """Whether `token`, as the text's next one, would be new to `ids`."""
+        return self._tracks and token not in self._slots
 
     def apply(self, logits: np.ndarray) -> np.ndarray:
         """The scores (float32 [n]) of the tokens `ids` [n], given their logits."""
@@ -179,7 +185,7 @@ class Alterations:
     def note(self, token: int) -> bool:
         """The text has got one more token; returns whether it is new to `ids`."""
         self._emitted += 1
-        if not (self._repeats or self._subtracts):
+        if not self._tracks:
             return False
         known = len(self._slots)
         slot = self._slot(token)
@@ -197,7 +203,7 @@ class Alterations:
 
 
 class Sampler:
-    """Picks the tokens of one text: `query` before each pass, `sample` after it.
+    """Picks the tokens of one text: `queries` before each pass, `sample` after it for each row that counts.
 
     The exact candidates of a pass suffice for greedy decoding, and for top_k, top_p and min_p as `survivors`
     says. All logits are fetched if they do not, for a temperature without truncation unless the candidates
@@ -231,6 +237,22 @@ class Sampler:
         """What the next pass is to say of its logits."""
         return self._query
 
+    def queries(self, drafts: Sequence[int]) -> tuple[Query, ...]:
+        """What a pass of the newest token and of `drafts` [n] is to say: n + 1 queries, one per row.
+
+        Each is what `query` will be once the drafts before it have become text. Nothing is drawn or noted: if
+        they do become text, `sample` takes the rows one after the other; the rest is as if never asked.
+        """
+        queries, ids = [self._query], self._alterations.ids
+        known = len(ids)
+        for draft in drafts:
+            if self._alterations.would_add(draft) and draft not in ids[known:]:
+                ids = np.append(ids, np.int32(draft))  # not in place: another token may come instead
+                queries.append(self._make_query(ids))
+            else:
+                queries.append(queries[-1])
+        return tuple(queries)
+
     def sample(self, candidates: Candidates) -> tuple[int, TokenLogprobs | None]:
         """The next token from what a pass said to `query`, with its logprobs if asked for.
 
@@ -258,7 +280,10 @@ class Sampler:
     def _update_query(self) -> None:
         ids = self._alterations.ids
         self._is_overfull = len(ids) > MAX_QUERIED
-        self._query = Query(ids[:0] if self._is_overfull else ids, self._inverse_temperature)
+        self._query = self._make_query(ids)
+
+    def _make_query(self, ids: np.ndarray) -> Query:
+        return Query(ids[:0] if len(ids) > MAX_QUERIED else ids, self._inverse_temperature)
 
     def _from_candidates(self, candidates: Candidates, altered: np.ndarray, uniform: float) -> int | None:
         """The token, given the scores `altered` [n] of what was queried; None if they don't decide."""

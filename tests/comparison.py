@@ -34,8 +34,8 @@ def share_cache(oracle: CPUDecoder, key_cache: np.ndarray, value_cache: np.ndarr
         (oracle.key_cache, key_cache, KEY_ROTATION),
         (oracle.value_cache, value_cache, VALUE_ROTATION),
     ):
-        target[:, :, :start] = from_bf16(in_order(bits[:, :, :start], rotation))
-        target[:, :, start:] = 1e30  # finite, and seen if anything reads it before it is written
+        target[:, 0, :, :start] = from_bf16(in_order(bits[:, :, :start], rotation))
+        target[:, 0, :, start:] = 1e30  # finite, and seen if anything reads it before it is written
 
 
 def check_stages(
@@ -83,7 +83,8 @@ def ask(
 ) -> Candidates:
     """What the decoder says of `tokens` [R] at positions start .. start + R - 1."""
     decoder.begin([Work(0, tokens, start, (asked,))], ahead)
-    return decoder.candidates()[0][0]
+    [[said]] = decoder.candidates()
+    return said
 
 
 def check_logits(packed_error: float, own_error: float) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ from ffmini.kernel import compile_cubin, has_bulk_copies
 from ffmini.model import bundled_model_path
 from ffmini.numerics import from_bf16, round_bf16
 from ffmini.packing import LAYER_MATRICES, make_layouts, unpack_matrix
+from ffmini.passes import Work
 from ffmini.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
@@ -167,12 +168,12 @@ def test_filled_cache_is_random_and_as_deep_as_asked(monkeypatch):
     decoder = CPUDecoder(random_model(config_of(TINY), "bf16"), 64, progress=False)
     fill_cache(decoder, 40, seed=3)
     for cache in (decoder.key_cache, decoder.value_cache):
-        filled = cache[:, :, :40]
+        filled = cache[:, 0, :, :40]
         assert filled.std() == pytest.approx(1, abs=0.05)
         assert (filled == round_bf16(filled)).all()
-        assert (cache[:, :, 40:] == 0).all()
-        assert (cache[:, :, :16] != cache[:, :, 16:32]).any()
-    assert (decoder.key_cache != decoder.value_cache)[:, :, :40].any()
+        assert (cache[:, 0, :, 40:] == 0).all()
+        assert (cache[:, 0, :, :16] != cache[:, 0, :, 16:32]).any()
+    assert (decoder.key_cache != decoder.value_cache)[:, 0, :, :40].any()
     before = decoder.key_cache.copy()
     fill_cache(decoder, 40, seed=3)
     assert (decoder.key_cache == before).all()
@@ -281,6 +282,10 @@ def test_measured_passes_are_the_ones_named(monkeypatch):
         def forward(self, tokens: np.ndarray, start: int, logits: str = "last") -> np.ndarray:
             calls.append((len(tokens), start))
             return super().forward(tokens, start, logits)
+
+        def begin(self, works: Sequence[Work], ahead: bool = False) -> None:
+            calls.extend((len(work.tokens), work.start) for work in works)
+            super().begin(works, ahead)
 
     monkeypatch.setattr(bench, "check_logits", lambda *_: 0.0)
     monkeypatch.setattr(bench, "make_decoder", lambda packed, _, length: Recorder(packed, length))

@@ -21,7 +21,7 @@ from test_model import CONFIG, ORDER, write_tokenizer
 from tiny import tiny_tensors, write_safetensors
 
 import ffmini
-from ffmini import info
+from ffmini import generation, info
 from ffmini.cli import main
 from ffmini.convert import convert, pack_checkpoint
 from ffmini.model import Model, load
@@ -116,6 +116,17 @@ def test_options_reach_the_sampler(run, model, talker):
     assert run(*argv, "--seed", 4)[1] != expected.text + "\n"
 
 
+def test_prompt_lookup_reaches_the_run_and_changes_no_text(run, talker, monkeypatch):
+    limits = []
+    make = generation.PromptLookup
+    monkeypatch.setattr(
+        generation, "PromptLookup", lambda tokens, most: limits.append(most) or make(tokens, most)
+    )
+    argv = ("generate", "hello hello hello", "-m", talker, "--device", "cpu", "-n", 24, "--seed", 3)
+    assert run(*argv, "--prompt-lookup", 5)[1] == run(*argv)[1]
+    assert limits == [5]
+
+
 def test_json_is_one_object(run, model, talker):
     status, out, err = run(
         "generate", "hello", "-m", talker, "--device", "cpu", "-n", 6, "--json", "--dtype", "int8"
@@ -125,7 +136,7 @@ def test_json_is_one_object(run, model, talker):
     assert (found["model"], found["dtype"], found["device"]) == (str(talker), "int8", "cpu")
     assert (found["finish_reason"], len(found["tokens"])) == ("length", 6)
     assert model.decode(found["tokens"]) == found["text"]
-    assert found["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert found["usage"] == dict(prompt_tokens=5, completion_tokens=6, total_tokens=11, cached_tokens=0)
     assert found["timings"]["generation_tokens_per_second"] > 0 and found["seed"] >= 0
 
 
@@ -261,6 +272,7 @@ def test_chat_by_lines(run, model, talker, monkeypatch):
     lines = errors(err)
     speeds = [line for line in lines if line.startswith("prompt: ")]
     assert len(speeds) == 3 and all("generation: 12 tokens" in line for line in speeds)
+    assert all(re.match(r"prompt: \d+ tokens \(\d\d+ known\), ", line) for line in speeds[1:])
     context = len(
         model.encode_chat([{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}])
     )
@@ -403,6 +415,15 @@ def test_info_needs_no_weights(run, talker, tmp_path):
     assert status == 0 and "for 100 tokens on the CPU" in out and out.rstrip().endswith("fits")
 
 
+def test_info_counts_slots(run, talker):
+    status, out, _ = run(
+        "info", "--device", "cpu", "-m", talker, "--max-seq-len", 4096, "--max-batch-size", 3
+    )
+    assert status == 0 and "3.0 MiB of KV cache for 3 sequences of 4096 tokens" in out
+    status, _, err = run("info", "--device", "cpu", "-m", talker, "--max-batch-size", 17)
+    assert status == 1 and "max_batch_size must be an integer from 1 to 16, not 17" in err
+
+
 def test_info_compares_with_what_is_free(run, talker, monkeypatch):
     monkeypatch.setattr(info, "available_memory", lambda: 1000)
     status, out, _ = run("info", "--device", "cpu", "-m", talker)
@@ -426,3 +447,5 @@ def test_needed_memory_is_float32_on_the_cpu(talker, dtype):
     assert sum(part.nbytes_on_cpu for part in parts) == 4 * weights
     line = info.needed_line(packed.config, parts, 4096, None)
     assert line.startswith(f"needs {4 * weights / 2**20:.1f} MiB of weights + 1.0 MiB of KV cache")
+    line = info.needed_line(packed.config, parts, 4096, None, slots=3)
+    assert "+ 3.0 MiB of KV cache for 3 sequences of 4096 tokens on the CPU" in line

@@ -20,7 +20,7 @@ from tiny import tiny_config, tiny_prompt, write_checkpoint
 
 import ffmini.cpu
 from ffmini.bench import random_model
-from ffmini.candidates import Query
+from ffmini.candidates import Query, summarise
 from ffmini.config import parse_config
 from ffmini.convert import pack_checkpoint
 from ffmini.cpu import (
@@ -37,6 +37,7 @@ from ffmini.errors import GenerationError, MemoryBudgetError
 from ffmini.layout import FORMATS, SEGMENT, MatrixLayout
 from ffmini.numerics import align, from_bf16, round_bf16
 from ffmini.packing import PackedModel, pack_matrix, pack_quantized, unpack_matrix, vector_offsets
+from ffmini.passes import Work
 from ffmini.quant import GROUP_SIZES, Quantized
 
 LENGTH = 280  # goes beyond a KV block of 256 positions
@@ -114,10 +115,11 @@ def test_grouping_changes_no_bit_with_older_kernels(kernels: str) -> None:
         "test_product_depends_on_a_rows_position_only",
         "test_grouping_changes_no_bit[smollm2-bf16]",
         "test_grouping_changes_no_bit[qwen3-int4]",
+        "test_a_batch_changes_no_bit[bf16]",
     )
     command = [sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{name}" for name in names)]
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -445,6 +447,124 @@ def test_candidates_are_of_the_last_row(make_model: MakeModel, precision: str) -
         assert found.ids.tolist() == order and found.complete
 
 
+# ---- several sequences ---------------------------------------------------------------------------------
+
+SLOTS, LONGEST = 3, 90  # a group of rows has 64
+
+
+@pytest.fixture(scope="module", params=[("mistral", "bf16"), ("qwen3", "int4")], ids=lambda kind: kind[1])
+def alone(
+    request: pytest.FixtureRequest, make_model: MakeModel
+) -> tuple[PackedModel, np.ndarray, list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+    """A model, tokens [SLOTS, LONGEST], and what it makes of each row alone: logits, and K and V."""
+    family, dtype = request.param
+    packed = make_model(family, dtype)
+    config = tiny_config(family)
+    tokens = np.stack([tiny_prompt(config, LONGEST, seed) for seed in range(SLOTS)])
+    logits, caches = [], []
+    for row in tokens:
+        decoder = make_decoder(packed, LONGEST)
+        logits.append(decoder.forward(row, 0, "all"))
+        caches.append(decoder.read_cache(0, LONGEST))
+    return packed, tokens, logits, caches
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_a_batch_changes_no_bit(alone: Any, data: st.DataObject) -> None:
+    """Rows in any order and company, asked about or not, say what they say alone and leave its K and V."""
+    packed, tokens, logits, caches = alone
+    decoder = make_decoder(packed, LONGEST, num_slots=SLOTS)
+    done = [0] * SLOTS
+    ids = np.array([3, 250], np.int32)
+    while any(at < LONGEST for at in done):
+        slots = data.draw(st.permutations([slot for slot in range(SLOTS) if done[slot] < LONGEST]))
+        works, room = [], decoder.max_rows
+        for slot in slots[: data.draw(st.integers(1, len(slots)))]:
+            count = data.draw(st.integers(1, LONGEST - done[slot]))
+            asked = data.draw(st.integers(0, min(count, 20, room)))
+            room -= asked
+            queries = tuple(Query(ids[: i % 3], np.float32(1 + i)) for i in range(asked))
+            works.append(Work(slot, tokens[slot, done[slot] : done[slot] + count], done[slot], queries))
+            done[slot] += count
+        decoder.begin(works)
+        for work, said in zip(works, decoder.candidates(), strict=True):
+            assert len(said) == len(work.queries)
+            first = done[work.slot] - len(said)
+            for row, (found, query) in enumerate(zip(said, work.queries, strict=True), first):
+                expected = summarise(logits[work.slot][row], query)
+                assert found.finite and found.total == expected.total
+                np.testing.assert_array_equal(found.fetch(), logits[work.slot][row])
+                np.testing.assert_array_equal(found.queried, expected.queried)
+                np.testing.assert_array_equal(found.ids, expected.ids)
+    for slot in range(SLOTS):
+        for found, expected in zip(decoder.read_cache(slot, LONGEST), caches[slot], strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_a_written_cache_is_as_good_as_a_run_prompt(alone: Any) -> None:
+    packed, tokens, logits, caches = alone
+    decoder = make_decoder(packed, 2 * LONGEST, num_slots=2)
+    decoder.forward(tokens[1], 0, "none", slot=1)
+    decoder.write_cache(1, *(bits[:, :, :70] for bits in caches[0]))
+    np.testing.assert_array_equal(decoder.forward(tokens[0, 70:], 70, "all", slot=1), logits[0][70:])
+    assert not decoder.key_cache[:, 0].any()
+    with pytest.raises(ValueError, match=r"uint16 \[2, 2, n, 32\] expected, found uint16 \[2, 90, 32\]"):
+        decoder.write_cache(0, *(bits[:, 0] for bits in caches[0]))
+    with pytest.raises(ValueError, match="at most 180 positions expected, found 270"):
+        decoder.write_cache(0, *(np.repeat(bits, 3, axis=2) for bits in caches[0]))
+    with pytest.raises(ValueError, match="finite numbers expected"):
+        decoder.write_cache(0, caches[0][0], caches[0][1] | 0x7F80)
+    assert not decoder.key_cache[:, 0].any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("bad_slot", [0, 1])
+def test_a_sequence_that_is_not_finite_harms_no_other(
+    make_model: MakeModel, dtype: str, bad_slot: int
+) -> None:
+    packed = make_model("llama2", dtype)
+    good, asked = np.array([5, 6, 7]), Query(np.zeros(0, np.int32), np.float32(1))
+    expected = make_decoder(packed).forward(good, 0, "all")
+    packed.embed_tokens[9] = 0x7F80
+    decoder = make_decoder(packed, num_slots=2)
+    works = [Work(slot, good, 0, (asked,) * 3) for slot in range(2)]
+    works[bad_slot] = Work(bad_slot, np.array([5, 9, 7]), 0, (asked,) * 2)
+    decoder.begin(works)
+    said = decoder.candidates()
+    assert [found.finite for found in said[bad_slot]] == [False, False]
+    with pytest.raises(ValueError, match="finite"):
+        said[bad_slot][0].fetch()
+    found = np.stack([row.fetch() for row in said[1 - bad_slot]])
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(decoder.forward(good, 0, "all", bad_slot), expected)
+
+
+@pytest.mark.parametrize(
+    ("works", "ahead", "message"),
+    [
+        ([], False, r"distinct slots expected, found \[\]"),
+        ([(0, 1, 1), (0, 1, 1)], False, r"distinct slots expected, found \[0, 0\]"),
+        ([(2, 1, 1)], False, "slot 2 asked for, 0 to 1 exist"),
+        ([(0, 1, 2)], False, "2 rows queried, there are 1"),
+        ([(0, 40, 40), (1, 40, 25)], False, "at most 64 rows can be queried together, found 65"),
+        ([(0, 1, 1), (1, 1, 0)], True, "a pass ahead of one query expected"),
+        ([(0, 2, 2)], True, "a pass ahead of one query expected"),
+        ([(0, 281, 1)], False, "positions 0 to 280 asked for"),
+    ],
+)
+def test_refused_works(
+    biased: PackedModel, works: list[tuple[int, int, int]], ahead: bool, message: str
+) -> None:
+    asked = Query(np.zeros(0, np.int32), np.float32(1))
+    decoder = make_decoder(biased, num_slots=2)
+    with pytest.raises(ValueError, match=message):
+        decoder.begin([Work(slot, np.zeros(n, int), 0, (asked,) * m) for slot, n, m in works], ahead)
+    with pytest.raises(ValueError, match="none were run"):
+        decoder.candidates()
+
+
 def test_a_sequence_can_be_cut_and_continued(make_model: MakeModel) -> None:
     packed = make_model("mistral")
     tokens = tiny_prompt(tiny_config("mistral"), 60)
@@ -493,6 +613,8 @@ def test_memory_is_checked_before_it_is_taken(biased: PackedModel, monkeypatch: 
     make_decoder(biased)
     with pytest.raises(MemoryBudgetError, match=r"KV cache 512 MiB \+ .* needed, 300 MiB free"):
         make_decoder(biased, 1 << 20)
+    with pytest.raises(MemoryBudgetError, match=r"KV cache 512 MiB \+ .* needed, 300 MiB free"):
+        make_decoder(biased, 1 << 16, num_slots=16)
     monkeypatch.setattr(ffmini.cpu, "available_memory", lambda: 1 << 10)
     with pytest.raises(MemoryBudgetError, match="0 MiB free"):
         make_decoder(biased)

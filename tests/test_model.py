@@ -19,13 +19,16 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import ffmini
+from ffmini import engine as engine_module
 from ffmini import gpu
 from ffmini import model as model_module
 from ffmini.candidates import summarise
 from ffmini.config import GenerationDefaults, parse_config
 from ffmini.convert import convert
 from ffmini.errors import BusyError, CheckpointError, DeviceError, GenerationError, UnsupportedError
-from ffmini.model import Model, StopFilter, Timings, Usage, context_limit, load
+from ffmini.generation import StopFilter, Timings, Usage
+from ffmini.model import Model, context_limit, load
+from ffmini.passes import check_works
 from ffmini.tokenizer import Tokenizer
 
 EOS = 256
@@ -74,8 +77,11 @@ class ScriptedDecoder:
     """Whatever the prompt, the next tokens are those of the script; then EOS for ever."""
 
     device = "cpu"
+    max_rows = 4
 
-    def __init__(self, script, prompt_length=None):
+    def __init__(self, script, prompt_length=None, num_slots=1):
+        self.num_slots = num_slots
+        self._said = None
         self.config = parse_config(CONFIG, "config.json")
         self.max_seq_len = MAX_SEQ_LEN
         self.script = script
@@ -87,7 +93,7 @@ class ScriptedDecoder:
         self.closed = False
         self._inside = threading.Lock()
 
-    def forward(self, tokens, start, logits="last"):
+    def forward(self, tokens, start, logits="last", slot=0):
         assert not self.closed
         assert self._inside.acquire(blocking=False), "two passes at once"
         try:
@@ -103,14 +109,27 @@ class ScriptedDecoder:
         finally:
             self._inside.release()
 
-    def begin(self, tokens, start, query, ahead=False):
+    def begin(self, works, ahead=False):
         self.ahead.append(ahead)
-        self._said = summarise(self.forward(tokens, start)[0], query)
+        assert self._said is None, "passes begun twice"
+        check_works(works, ahead, self.num_slots, self.max_rows, MAX_SEQ_LEN, VOCAB)
+        self._said = []
+        try:
+            for work in works:
+                logits = self.forward(work.tokens, work.start, "all")
+                asked = zip(logits[len(logits) - len(work.queries) :], work.queries, strict=True)
+                self._said.append([summarise(row, query) for row, query in asked])
+        except BaseException:
+            self._said = None
+            raise
 
     def candidates(self):
-        return self._said
+        said, self._said = self._said, None
+        assert said is not None, "nothing begun"
+        return said
 
     def settle(self):
+        self._said = None
         self.settled += 1
 
     def _next(self, position):
@@ -205,7 +224,8 @@ def test_stop_strings_are_cut_from_text_and_stream(scripted, stop, expected):
     stream = model.stream("go", stop=stop)
     pieces = list(stream)
     assert "".join(pieces) == expected and all(pieces)
-    same = {"timings": completion.timings, "seed": completion.seed}
+    same = {"timings": completion.timings, "seed": completion.seed, "usage": completion.usage}
+    assert stream.completion.usage == dataclasses.replace(completion.usage, cached_tokens=1)
     assert dataclasses.replace(stream.completion, **same) == completion
 
 
@@ -363,16 +383,16 @@ def test_a_prompt_goes_through_in_chunks_and_each_token_once(scripted, tokenizer
     assert [(len(tokens), start, logits) for tokens, start, logits in calls] == [
         (512, 0, "none"),
         (512, 512, "none"),
-        (76, 1024, "last"),
-        (1, 1100, "last"),
-        (1, 1101, "last"),
+        (76, 1024, "all"),
+        (1, 1100, "all"),
+        (1, 1101, "all"),
     ]
     assert [token for tokens, _, _ in calls for token in tokens] == [*prompt, *tokenizer.encode("hi")]
 
 
 def test_token_ids_are_taken_as_they_are(scripted):
-    model = scripted("hi", 3)
     for ids in ([5, EOS, 259], (5, EOS, 259), np.array([5, EOS, 259], np.uint16)):
+        model = scripted("hi", 3)
         assert model.generate(ids).text == "hi"
         assert model._decoder.calls[-3][0] == [5, EOS, 259]
 
@@ -385,9 +405,11 @@ def test_token_ids_are_taken_as_they_are(scripted):
         ([1, VOCAB], f"token id {VOCAB} is outside the vocabulary of {VOCAB}"),
         ([-1], "token id -1 is outside"),
         ([1.5], "flat list of token ids, found list float64"),
-        ([[1]], "flat list of token ids"),
         ([True], "flat list of token ids"),
-        (["a"], "flat list of token ids"),
+        (np.array([["a"]]), "flat list of token ids"),
+        ([[[1]]], "flat list of token ids"),
+        ([[1], 1], "flat list of token ids"),
+        (["a", ""], "the prompt is empty"),
         (None, "flat list of token ids"),
         (
             "x" * (MAX_SEQ_LEN + 1),
@@ -423,7 +445,7 @@ def test_logprobs_come_one_per_token(scripted):
 
 def test_timings_are_of_the_work_not_of_the_reader(scripted, monkeypatch):
     now = itertools.count()  # every look at the clock takes a second
-    monkeypatch.setattr(model_module, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(engine_module, "perf_counter", lambda: next(now))
     stream = scripted("hello").stream("go")
     for _ in stream:
         next(now)
@@ -534,15 +556,15 @@ def test_the_gpu_decoder_gets_the_ordinal(checkpoint, monkeypatch):
     made = []
 
     class Decoder(ScriptedDecoder):
-        def __init__(self, packed, max_seq_len, ordinal):
-            made.append((packed.format, max_seq_len, ordinal))
-            super().__init__([], 2)
+        def __init__(self, packed, max_seq_len, ordinal, *, num_slots):
+            made.append((packed.format, max_seq_len, ordinal, num_slots))
+            super().__init__([], 2, num_slots)
 
     monkeypatch.setattr(gpu, "why_unusable", lambda ordinal=0: None)
     monkeypatch.setattr(gpu, "GPUDecoder", Decoder)
     for device in ("auto", "cuda", "cuda:2"):
-        load(checkpoint, device=device, dtype="int8", max_seq_len=99)
-    assert made == [("int8", 99, 0), ("int8", 99, 0), ("int8", 99, 2)]
+        assert load(checkpoint, device, "int8", 99, max_batch_size=5).max_batch_size == 5
+    assert made == [("int8", 99, 0, 5), ("int8", 99, 0, 5), ("int8", 99, 2, 5)]
 
 
 @pytest.mark.parametrize(
@@ -554,6 +576,9 @@ def test_the_gpu_decoder_gets_the_ordinal(checkpoint, monkeypatch):
         ({"max_seq_len": 129}, "from 1 to the model's limit 128, not 129"),
         ({"max_seq_len": 0}, "from 1 to the model's limit 128, not 0"),
         ({"max_seq_len": 8.0}, "must be an integer"),
+        ({"max_batch_size": 0}, "max_batch_size must be an integer from 1 to 16, not 0"),
+        ({"max_batch_size": 17}, "from 1 to 16, not 17"),
+        ({"max_batch_size": True}, "from 1 to 16, not True"),
     ],
 )
 def test_bad_arguments_of_load(checkpoint, arguments, message):

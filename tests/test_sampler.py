@@ -317,6 +317,74 @@ def test_a_query_names_every_altered_token_and_grows_at_its_end():
         assert old.token_ids.tolist() == (before + expected)[: len(old.token_ids)]
 
 
+@given(
+    drafts=st.lists(st.integers(0, 7), max_size=6),
+    true=st.integers(0, 6),
+    options=st.sampled_from(
+        [
+            {"presence_penalty": 0.5},
+            {"frequency_penalty": 0.5, "logit_bias": {3: 1.0}},
+            {"repetition_penalty": 1.2, "min_new_tokens": 3},
+            {"logit_bias": {1: -1.0}},
+            {},
+        ]
+    ),
+    limit=st.sampled_from([3, 5, MAX_QUERIED]),
+)
+def test_queries_of_drafts_are_those_of_texts(drafts, true, options, limit):
+    """Row by row as long as the drafts come true; then, and if nothing is sampled, as if never asked."""
+    true = min(true, len(drafts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ffmini.sampler, "MAX_QUERIED", limit)
+        sampler, other = (make_sampler(8, [5, 6], (2,), **options) for _ in range(2))
+        for token in (0, 6):
+            for each in (sampler, other):
+                each._alterations.note(token)
+                each._update_query()
+        foreseen = sampler.queries(drafts)
+        assert len(foreseen) == len(drafts) + 1 and foreseen[0] is sampler.query()
+        assert [q.token_ids.tolist() for q in sampler.queries(drafts)] == [
+            q.token_ids.tolist() for q in foreseen
+        ]
+        before = [q.token_ids.tolist() for q in foreseen]
+        for draft, query in zip(drafts[:true], foreseen, strict=False):
+            assert (
+                query.token_ids.tolist()
+                == other.query().token_ids.tolist()
+                == sampler.query().token_ids.tolist()
+            )
+            for each in (sampler, other):
+                if each._alterations.note(draft):
+                    each._update_query()
+        assert foreseen[true].token_ids.tolist() == other.query().token_ids.tolist()
+        sampler._alterations.note(4)  # in place of a draft: what was asked does not change
+        assert [q.token_ids.tolist() for q in foreseen] == before
+
+
+def test_drafts_under_a_penalty_change_no_text():
+    """Every other draft is new to the text, and the penalty alters what follows it."""
+    table = np.random.default_rng(0).normal(0, 2, (8, 8)).astype(np.float32)
+    options = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "temperature": 0.7, "seed": 4}
+    plain, drafting = make_sampler(**options), make_sampler(**options)
+    last, expected = 0, []
+    for _ in range(40):
+        last = pick(plain, table[last])
+        expected.append(last)
+    found, accepted = [], 0
+    while len(found) < 40:
+        drafts = expected[len(found) : len(found) + 3]
+        if len(found) % 2:
+            drafts[-1] = (drafts[-1] + 1) % 8
+        fed = [found[-1] if found else 0, *drafts]
+        rows = [summarise(table[t], q) for t, q in zip(fed, drafting.queries(drafts), strict=True)]
+        for i, row in enumerate(rows):
+            found.append(drafting.sample(row)[0])
+            if i == len(drafts) or found[-1] != drafts[i]:
+                break
+            accepted += 1
+    assert found[:40] == expected and accepted > 20
+
+
 def test_presence_and_frequency_query_the_text_only():
     sampler = make_sampler(4, prompt=[1, 2], frequency_penalty=1.0)
     assert [pick(sampler, [0, 0, 0, 1.5]) for _ in range(3)] == [3, 3, 0]
@@ -562,6 +630,8 @@ def test_an_option_given_under_both_names():
         ("stop_token_ids", [-1]),
         ("stop_token_ids", ["a"]),
         ("ignore_eos", 1),
+        ("prompt_lookup_num_tokens", -1),
+        ("prompt_lookup_num_tokens", True),
         ("logprobs", 11),
         ("logprobs", -1),
         ("logit_bias", [1]),

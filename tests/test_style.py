@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules before it; what stands on one line is independent of each other.
 CHAIN = [
-    {"errors", "numerics", "layout", "candidates"},
+    {"errors", "numerics", "layout", "candidates", "lookup"},
     {"passes", "memory", "resources", "config"},
     {"checkpoint", "rope", "quant"},
     {"packing"},
@@ -21,6 +21,8 @@ CHAIN = [
     {"results"},
     {"gpu"},
     {"sampler"},
+    {"generation", "snapshot"},
+    {"engine"},
     {"model"},
     {"__init__"},
     {"shapes", "info", "report"},
