@@ -8,7 +8,7 @@ do not decide does it fetch every logit; it then goes on with the same normalise
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,7 @@ MAX_LISTED = 1024  # ids in the Candidates that `summarise` makes
 _BLOCKS_PER_PICK = 4  # `largest` bounds the k-th value well with so many block maxima per element asked for
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(NamedTuple):
     """What a sampler wants to know of a row's logits."""
 
     # int32 [n], distinct, n <= MAX_QUERIED: whose logits the sampler alters itself. They never change, so a
@@ -27,8 +26,7 @@ class Query:
     inverse_temperature: np.float32  # of the normaliser; 1 if decoding is greedy
 
 
-@dataclass(frozen=True)
-class Candidates:
+class Candidates(NamedTuple):  # made for every token: a tuple is made in a fraction of a dataclass's time
     """What a pass says of one row; "others" are the tokens that were not queried."""
 
     queried: np.ndarray  # float32 [n]: the logits of the query's token_ids

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import ModuleType, TracebackType
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -191,8 +192,7 @@ class _Listing:
     inverse_temperature: float
 
 
-@dataclass
-class _Asked:
+class _Asked(NamedTuple):
     """One of a pass's rows that leave candidates."""
 
     row: int

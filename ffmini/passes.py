@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from .candidates import Query
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What one sequence adds to a pass: tokens at consecutive positions of its slot."""
 
     slot: int

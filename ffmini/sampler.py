@@ -19,6 +19,7 @@ import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,8 +41,7 @@ class TokenLogprobs:
     top: dict[int, float]  # the most likely tokens, in descending order
 
 
-@dataclass(frozen=True)
-class Ranking:
+class Ranking(NamedTuple):
     """The first tokens of a row by descending score, of equals the lower id first."""
 
     ids: np.ndarray  # integers [m], m > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import itertools
 import threading
 import time
@@ -180,7 +179,7 @@ class IdsOnDevice:
 def check(found: Candidates, token: int, position: int, asked: Query, slot: int = 0) -> None:
     """`found` is what the pass of `token` at `position` says; its logits are not fetched from a device."""
     logits = logits_of_pass(token, position, slot)
-    found = dataclasses.replace(found, fetch=logits.copy)
+    found = found._replace(fetch=logits.copy)
     check_candidates(found, logits, asked.token_ids, float(1 / asked.inverse_temperature))
 
 

@@ -1,6 +1,5 @@
 """The sampler and its options against closed forms, brute force and fixed seeds."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -34,8 +33,7 @@ def pick(sampler, logits):
 def cut(candidates, length, fetch=None):
     """The same with at most `length` of the others listed, and `fetch` in place of its own if given."""
     length = min(length, len(candidates.ids))
-    return dataclasses.replace(
-        candidates,
+    return candidates._replace(
         ids=candidates.ids[:length],
         logits=candidates.logits[:length],
         complete=candidates.complete and length == len(candidates.ids),
@@ -441,7 +439,7 @@ def test_any_number_of_exact_candidates_gives_the_same_tokens(case, ties, data):
         logits = random.normal(0, 2, size).astype(np.float32)
         candidates = summarise(logits.round() if ties else logits, whole.query())
         # Decoders round the total as they like. All ways must believe it, which a gross error shows.
-        candidates = dataclasses.replace(candidates, total=candidates.total * random.uniform(0.7, 1.4))
+        candidates = candidates._replace(total=candidates.total * random.uniform(0.7, 1.4))
         length = data.draw(st.integers(1, size))
         tokens = [outcome(whole, candidates)]
         tokens += [outcome(short, cut(candidates, length)), outcome(single, cut(candidates, 1))]
