@@ -64,8 +64,8 @@ class Unit<M, false> {
 
 // How codes become A fragments of integers, how the products of a group become a sum, and what that is worth.
 // A new format of codes is one more of these: load() gives the fragments of the two steps of a block of 64 k;
-// exact() makes of the products with the planes of outputs lane / 4 and 8 more those with the integers, times
-// UNIT[half]; scaled() adds them to the sum of the segment's other groups.
+// exact() makes of a group's products with the planes, of outputs lane / 4 or, with `half`, 8 more, those
+// with the integers, rounded once; scaled() adds them to the sum of the segment's other groups.
 template <class M, int BITS = M::BITS>
 struct Codes;
 

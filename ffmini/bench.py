@@ -372,8 +372,8 @@ def measure(
     """Check the numbers, then time the tests of `plan`; a record is there as soon as its test is over."""
     # First what can be missing: a directory need not have a tokenizer.
     tokenizer = _tokenizer(packed) if plan.end_to_end else None
-    rows = _rows_that_fit(packed, shape, plan.rows, ordinal)
-    batch = _rows_that_fit(packed, shape, plan.batch, ordinal)
+    rows = _rows_that_fit(packed, shape, plan.rows, max_seq_len, ordinal)
+    batch = _rows_that_fit(packed, shape, plan.batch, max_seq_len, ordinal)
     single = plan.prompts or plan.generations or plan.end_to_end
     if not single and not rows and not batch:
         return
@@ -420,13 +420,15 @@ def measure(
                     yield _time_batch(packed, decoder, plan, count, common | what)
 
 
-def _rows_that_fit(packed: PackedModel, shape: str, asked: list[int], ordinal: int | None) -> list[int]:
+def _rows_that_fit(
+    packed: PackedModel, shape: str, asked: list[int], max_seq_len: int, ordinal: int | None
+) -> list[int]:
     """Those of `asked` that a pass on GPU `ordinal` has the shared memory for; the others are named."""
     if ordinal is None or not asked:
         return asked
     properties = gpu.import_cupy().cuda.runtime.getDeviceProperties(ordinal)
     limit, blocks = properties["sharedMemPerBlockOptin"], gpu.grid_size(properties["multiProcessorCount"])
-    most = max_rows(packed.config, packed.layouts, limit, blocks)
+    most = max_rows(packed.config, packed.layouts, max_seq_len, limit, blocks)
     left_out = ", ".join(str(count) for count in asked if count > most)
     if left_out:
         _say(f"{shape} {packed.format}: a pass has room for {most} rows, not measured: {left_out}")

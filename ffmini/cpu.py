@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .candidates import NON_FINITE, Candidates, Query, summarise
-from .errors import GenerationError, MemoryBudgetError
-from .layout import SEGMENT, TILE_ROWS, MatrixLayout, ceil_div
+from .errors import NON_FINITE_LOGITS, GenerationError, MemoryBudgetError
+from .layout import KV_BLOCK, SEGMENT, TILE_ROWS, MatrixLayout, ceil_div
 from .memory import available_memory
 from .numerics import align, from_bf16, round_bf16, split_bytes, to_bf16
 from .packing import (
@@ -36,7 +36,6 @@ from .passes import Work, check_cache, check_pass, check_slot, check_works
 from .rope import rope_tables
 
 ROW_BLOCK = 16  # rows of every matrix product; see `multiply`
-KV_BLOCK = 256  # absolute positions per partial softmax
 MAX_ROWS = 64  # rows that go through the layers together: bounds the scratch memory, changes no bit
 UNPACK_TILES = 32  # tiles of 16 rows unpacked at a time: bounds the temporary copies
 # Rows of a quantised matrix multiplied at a time: many, because BLAS's threads wait for each other after each
@@ -401,7 +400,7 @@ class CPUDecoder:
         if isinstance(found, GenerationError):
             raise found
         if not np.isfinite(found).all():
-            raise GenerationError("non-finite logits: finite numbers expected from every pass")
+            raise GenerationError(NON_FINITE_LOGITS)
         return found
 
     def begin(self, works: Sequence[Work], ahead: bool = False) -> None:

@@ -129,9 +129,9 @@ class Engine:
         return out
 
     def read_slot(self) -> Snapshot | None:
-        """What the slot that was left last holds; None if that is nothing."""
+        """What the slot that was left last holds, of those that hold something; None if there is none."""
         self._clear()
-        slot = max(self._slots, key=lambda slot: slot.left)
+        slot = max(self._slots, key=lambda slot: (len(slot.tokens) > 0, slot.left))
         if not len(slot.tokens):
             return None
         keys, values = self._decoder.read_cache(self._slots.index(slot), len(slot.tokens))
@@ -148,7 +148,7 @@ class Engine:
 
     def _clear(self) -> None:
         """Let go of runs that a caller has left behind, at whatever point."""
-        if self._waiting or any(slot.run is not None for slot in self._slots):
+        if self._waiting or self._failed or any(slot.run is not None for slot in self._slots):
             self.stop()
 
     def _choose(self, prompt: np.ndarray) -> int:
@@ -158,7 +158,7 @@ class Engine:
             slot = self._slots[number]
             cached = slot.cached(prompt)
             # All prompts may begin alike, if with one token only: that is no reason to write over the rest.
-            is_much = 2 * cached >= min(len(prompt), len(slot.tokens))
+            is_much = 2 * cached > min(len(prompt), len(slot.tokens))
             return cached if is_much else 0, -slot.left
 
         return max((i for i, slot in enumerate(self._slots) if slot.run is None), key=merit)

@@ -23,6 +23,9 @@ class MemoryBudgetError(DeviceError, MemoryError):
     """Weights, KV cache and scratch need more memory than is free."""
 
 
+NON_FINITE_LOGITS = "non-finite logits: finite numbers expected from every pass"
+
+
 class GenerationError(FFMiniError, RuntimeError):
     """A pass failed: non-finite logits, or a wait on the device that gave up."""
 

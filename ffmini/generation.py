@@ -9,7 +9,7 @@ import numpy as np
 
 from .candidates import Candidates
 from .config import ModelConfig
-from .errors import GenerationError
+from .errors import NON_FINITE_LOGITS, GenerationError
 from .lookup import PromptLookup
 from .options import GenerationOptions
 from .passes import Work
@@ -24,7 +24,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    cached_tokens: int = 0  # of the prompt: their K and V were there from an earlier call
+    cached_tokens: int = 0  # of the prompt: their K and V were there from an earlier prompt
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Run:
     def _take_row(self, row: Candidates) -> int:
         """Add the token that is sampled from a row; returns it."""
         if not row.finite:
-            raise GenerationError("non-finite logits: finite numbers expected from every pass")
+            raise GenerationError(NON_FINITE_LOGITS)
         token, logprobs = self._sampler.sample(row)
         self.computed = len(self.prompt) + len(self._tokens)
         self._tokens.append(token)

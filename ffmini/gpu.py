@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .candidates import MAX_QUERIED, Candidates, Query
 from .config import ModelConfig
-from .errors import DeviceError, GenerationError, MemoryBudgetError
+from .errors import NON_FINITE_LOGITS, DeviceError, GenerationError, MemoryBudgetError
 from .kernel import (
     AWAITED,
     BUILD_INFO,
@@ -42,7 +42,6 @@ from .passes import Work, check_cache, check_pass, check_slot, check_works
 from .results import HostMemory, check_query
 from .rope import rope_tables
 
-NON_FINITE = "non-finite logits: finite numbers expected from every pass"
 STAGE_NAMES = (
     *("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj", "norm_lm_head"),
     *("token or candidates", "merge"),
@@ -288,6 +287,7 @@ class GPUDecoder:
         self._pool = cupy.cuda.MemoryPool()
         self._pass = self._checked = 0  # the last pass launched, and the last whose status was read
         self._begun: _Begun | None = None  # what candidates() is to say
+        self._abandoned = False  # whether passes that nobody waits for may be under way after an error
         self._waiting: _Listing | None = None  # the last pass, if its token was not known at the launch
         self._listed = 0  # the pass whose logits its candidates may fetch
         self._lists = [_List() for _ in range(MAX_ROWS)]  # of queried ids; see queried_list() in cuda/
@@ -322,7 +322,8 @@ class GPUDecoder:
                     blocks,
                     multiprocessors,
                 )
-                for r in rows or sorted({1, max_rows(packed.config, packed.layouts, shared_limit, blocks)})
+                for r in rows
+                or sorted({1, max_rows(packed.config, packed.layouts, max_seq_len, shared_limit, blocks)})
             }
             self.max_rows = max(self._builds)
             self._check_memory(packed)
@@ -611,7 +612,7 @@ class GPUDecoder:
     def _abandon(self) -> None:
         """After an error: nothing waits, and the ids that the device holds are not trusted."""
         self._release_waiting()
-        self._begun = None
+        self._begun, self._abandoned = None, True
         self._forget_ids()
 
     def _forget_ids(self) -> None:
@@ -702,7 +703,8 @@ class GPUDecoder:
                 if results.are_there(listing.number, num_queried):
                     return True
             self._check_gave_up()
-            # The pass behind begins when this one has ended: if that lacked its token, this one did too.
+            # The pass behind begins when this one has ended: if that lacked its token, this one did too, or
+            # the host has slept since and may as well run it again.
             if self._host.no_token >= listing.number:
                 return False
             if (now := perf_counter()) < look + LOOK_SECONDS:
@@ -742,8 +744,8 @@ class GPUDecoder:
     def settle(self) -> None:
         """End what was begun: a pass that waits for its token leaves, what others say is not asked for."""
         self._release_waiting()
-        if self._begun is not None:
-            self._begun = None
+        if self._begun is not None or self._abandoned:
+            self._begun, self._abandoned = None, False
             self._forget_ids()
             with self._on_device():
                 self._cupy.cuda.get_current_stream().synchronize()
@@ -766,7 +768,7 @@ class GPUDecoder:
         self._check_gave_up()
         first, self._checked = self._checked, self._pass
         if first < self._host.status["non_finite"][0] <= self._pass:
-            raise GenerationError(NON_FINITE)
+            raise GenerationError(NON_FINITE_LOGITS)
 
     def _check_gave_up(self) -> None:
         """GenerationError if a wait of a pass since the last check gave up."""
@@ -829,7 +831,8 @@ class GPUDecoder:
         if self._closed:
             return
         self._closed = True
-        self.settle()
+        with contextlib.suppress(DeviceError):
+            self.settle()
         with contextlib.suppress(DeviceError), self._on_device():
             self._cupy.cuda.get_current_stream().synchronize()  # passes write into pinned memory
         for name in ("_layers", "_vectors", "_lm_head", "_embed", "_norm", "_rope", "_logits", "_device_ids"):

@@ -20,7 +20,7 @@ import numpy as np
 from .candidates import MAX_QUERIED
 from .config import ModelConfig
 from .errors import DeviceError
-from .layout import SEGMENT, MatrixLayout, ceil_div
+from .layout import KV_BLOCK, SEGMENT, MatrixLayout, ceil_div
 from .packing import vector_offsets, vectors_length
 from .resources import resource_dir
 
@@ -46,7 +46,7 @@ LISTED = 8  # candidates of a block
 MOST_LISTED = 256  # of the grid
 MAX_BLOCKS = 192  # of a grid
 
-# The device's struct Row, Status, PassArgs and BuildInfo (cuda/config.cuh, cuda/ffmini.cu).
+# The device's struct Row, Status, PassArgs and BuildInfo (cuda/config.cuh, cuda/exchange.cuh).
 ROW = np.dtype([("token", "<i4"), ("position", "<i4"), ("slot", "<i4")])
 STATUS = np.dtype(
     [(name, "<u4") for name in ("stage", "block", "unused", "gave_up", "non_finite", "no_token")]
@@ -97,17 +97,24 @@ BUILD_INFO = np.dtype(
 )
 
 
-def max_rows(config: ModelConfig, layouts: dict[str, MatrixLayout], shared_limit: int, blocks: int) -> int:
+def max_rows(
+    config: ModelConfig, layouts: dict[str, MatrixLayout], max_seq_len: int, shared_limit: int, blocks: int
+) -> int:
     """The most rows (1, 2, 4 or 8) that leave room in shared memory for the ring of weights.
 
     `shared_limit`: bytes that a block may use; `blocks`: the size of the grid.
     """
-    fit = (rows for rows in (8, 4, 2) if down_part(config, layouts, shared_limit, blocks, rows))
+    fit = (rows for rows in (8, 4, 2) if down_part(config, layouts, max_seq_len, shared_limit, blocks, rows))
     return next(fit, 1)
 
 
 def down_part(
-    config: ModelConfig, layouts: dict[str, MatrixLayout], shared_limit: int, blocks: int, rows: int
+    config: ModelConfig,
+    layouts: dict[str, MatrixLayout],
+    max_seq_len: int,
+    shared_limit: int,
+    blocks: int,
+    rows: int,
 ) -> int:
     """How many segments of down_proj's input a pass of `rows` rows holds at a time; 0 if it has no room.
 
@@ -120,7 +127,7 @@ def down_part(
         for parts in range(1, down.segments + 1):
             segments = ceil_div(down.segments, parts)
             widest = max(others, min(down.k_pad, segments * SEGMENT))
-            needed = _shared_bytes(config, layouts, blocks, rows, widest, ring_slots)
+            needed = _shared_bytes(config, layouts, max_seq_len, blocks, rows, widest, ring_slots)
             if needed <= shared_limit:
                 return segments
             if widest == others:
@@ -131,6 +138,7 @@ def down_part(
 def _shared_bytes(
     config: ModelConfig,
     layouts: dict[str, MatrixLayout],
+    max_seq_len: int,
     blocks: int,
     rows: int,
     widest: int,
@@ -146,9 +154,11 @@ def _shared_bytes(
     activations = rows * (2 * (segments * SEGMENT + 32) + 4 * (segments + groups))
     attention = 64 * min(512, heads * head_dim) + head_dim * (8 * heads + 12 * rows + 28) + 2048
     own_tiles = ceil_div(tiles, blocks)
-    tail = rows * (2048 + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + 8192
+    tail = rows * (2048 + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + 8704
+    splits = ceil_div(max_seq_len, KV_BLOCK)
+    merge = 8 * splits + 4 * head_dim * (ceil_div(splits, 16) + 2)
     candidates = 8 * MAX_BLOCKS * LISTED + 4096 + 1280 * rows
-    return max(activations, attention, candidates) + tail + marks + ring_slots * ring_slot
+    return max(activations, attention, merge, candidates) + tail + marks + ring_slots * ring_slot
 
 
 def kernel_defines(
@@ -201,7 +211,7 @@ def kernel_defines(
         "LM_HEAD_BYTES": f"{head.nbytes}ull",
         "VECTORS_SIZE": vectors_length(config),
         "SHARED_LIMIT": shared_limit,
-        "DOWN_PART_SEGMENTS": down_part(config, layouts, shared_limit, blocks, rows),
+        "DOWN_PART_SEGMENTS": down_part(config, layouts, max_seq_len, shared_limit, blocks, rows),
         "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
         "OWN_HEAD_TILES": ceil_div(head.tiles, blocks),
         "MAX_QUERIED": MAX_QUERIED,

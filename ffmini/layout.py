@@ -12,7 +12,8 @@ finds its eight activations of a 32-block of k side by side), belongs to lane 4 
 - bf16: line 2 * (k // 32) + s, register 2 * (k % 4 // 2) + hi, bytes 2 * (k % 2) of the register's 4;
 - int8: line k // 32, register 2 * s + hi, byte k % 4 (two's complement);
 - int4: line k // 64, 32-bit word 2 * (k // 32 % 2) + s, byte k % 4, low nibble for hi = 0 and high nibble
-  for hi = 1 (unsigned): masked, the word is register 2 * s; shifted by 4 and masked, register 2 * s + 1.
+  for hi = 1 (unsigned): the kernel takes the word as it is for register 2 * s and with the
+  low nibbles gone, 16 times the codes, for register 2 * s + 1.
 
 Scales follow a slot's lines as [group][16 rows] of fp16 scale (int8) or of fp16 scale, fp16 zero
 (int4): w = scale * q for int8 and scale * (q - zero) for int4. Rows and columns beyond the matrix are
@@ -27,6 +28,7 @@ import numpy as np
 
 TILE_ROWS = 16
 SEGMENT = 256  # the canonical order of sums: each run of 256 k starts from zero (README, Numbers)
+KV_BLOCK = 256  # absolute positions per partial softmax
 LINE_BYTES = 512
 LINES_PER_SLOT = 4
 K_ALIGN = 64

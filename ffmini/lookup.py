@@ -53,8 +53,11 @@ class PromptLookup:
         """So many tokens of the last draft have come true: adapt the length of the next ones to that."""
         if accepted:
             self._failures = 0
-            self._length = min(self._most, 2 * accepted) if accepted == proposed else accepted
-        elif proposed:
+            if accepted < proposed:
+                self._length = accepted
+            else:  # it may have been short for want of room
+                self._length = max(self._length, min(self._most, 2 * accepted))
+        else:
             self._failures += 1
             self._length = max(1, self._length // 2)
             self._pause = min(MAX_PAUSE, 2**self._failures - 2)

@@ -80,9 +80,9 @@ class _OpenStream:
                     if not run.goes_on:
                         self._left.pop(run, None)
                         self._note_finish(index)
-        if not self._pieces:
-            raise StopIteration
-        return self._pieces.popleft()
+            if not self._pieces:
+                raise StopIteration
+            return self._pieces.popleft()
 
     def _note_finish(self, index: int) -> None:
         raise NotImplementedError
@@ -138,8 +138,8 @@ class BatchStream(_OpenStream, Iterator[tuple[int, str]]):
             super().close()
             return
         run = self._runs[index]
-        self._pieces = deque(item for item in self._pieces if self._runs[item[0]] is not run)
         with self._model._lock:
+            self._pieces = deque(item for item in self._pieces if self._runs[item[0]] is not run)
             if self._left.pop(run, None) is not None and self._model._engine is not None:
                 self._model._engine.drop(run)
 

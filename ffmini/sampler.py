@@ -32,6 +32,9 @@ _FIRST_RANKED = (
 )
 
 
+MAX_INVERSE_TEMPERATURE = 1e38
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """Natural log-probabilities after penalties, bias and bans, at temperature 1, before any truncation."""
@@ -226,9 +229,8 @@ class Sampler:
         self._alterations = Alterations(options, prompt, self.end_token_ids, vocab_size)
         self._inverse_temperature = np.float32(1)
         if options.temperature > 0:
-            # Below about 3e-39 the inverse is no float32; the largest one is as good as greedy.
-            largest_float = float(np.finfo(np.float32).max)
-            self._inverse_temperature = np.float32(min(1 / options.temperature, largest_float))
+            # So large that it is as good as greedy, and still a float32 when it is multiplied by log2 e.
+            self._inverse_temperature = np.float32(min(1 / options.temperature, MAX_INVERSE_TEMPERATURE))
         self._truncates = options.top_k > 0 or options.top_p < 1 or options.min_p > 0
         self._needs_total = options.top_k == 0 and options.top_p < 1
         self._update_query()

@@ -438,7 +438,7 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_gpu", "tiny_shapes")
 def test_rows_without_room_are_left_out(capsys):
     packed = random_model(config_of(TINY), "bf16")
-    assert bench._rows_that_fit(packed, "tiny", [1, 4, 5, 8], 0) == [1, 4]
+    assert bench._rows_that_fit(packed, "tiny", [1, 4, 5, 8], 64, 0) == [1, 4]
     said = "ffmini: tiny bf16: a pass has room for 4 rows, not measured: 5, 8\n"
     assert capsys.readouterr().err == said
     argv = [

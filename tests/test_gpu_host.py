@@ -124,7 +124,7 @@ class HostSide(gpu.GPUDecoder):
         self._pass = self._checked = self._listed = 0
         self._gave_up: Any = np.zeros(1, np.uint32)
         self._waiting, self._closed = None, False
-        self._begun = None
+        self._begun, self._abandoned = None, False
         self._lists = [gpu._List() for _ in range(MAX_ROWS)]
         self._host = HostMemory(np.zeros(HostMemory.nbytes(4), np.uint8), 4)
         self._set_args(np.zeros((), PASS_ARGS))

@@ -116,6 +116,9 @@ def test_top_p_counts_only_what_top_k_left():
 def test_a_tiny_temperature_is_greedy(temperature):
     sampler = make_sampler(3, temperature=temperature, seed=0)
     assert {pick(sampler, [1, 5, 4.999]) for _ in range(9)} == {1}
+    assert np.isfinite(
+        sampler.query().inverse_temperature * np.float32(np.log2(np.e))
+    )  # as the kernel has it
 
 
 # ---- the draw ------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ffmini.packing import make_layouts
 from ffmini.shapes import SHAPES
 
 # Bytes of shared memory that a block may use, and multiprocessors of a typical card.
+MAX_SEQ_LEN = 4096
 DEVICES = {
     "sm_80": (166_912, 108),
     "sm_86": (101_376, 82),
@@ -48,12 +49,12 @@ def report(arch: str, config: ModelConfig, dtype: str, many_rows: bool) -> Repor
     """Compile for one row, or for as many as fit, and read the log."""
     limit, blocks = DEVICES[arch]
     layouts = make_layouts(config, dtype)
-    rows = max_rows(config, layouts, limit, blocks) if many_rows else 1
+    rows = max_rows(config, layouts, MAX_SEQ_LEN, limit, blocks) if many_rows else 1
     defines = kernel_defines(
         config,
         layouts,
         rows=rows,
-        max_seq_len=4096,
+        max_seq_len=MAX_SEQ_LEN,
         shared_limit=limit,
         blocks=blocks,
         bulk_copies=has_bulk_copies(arch),
