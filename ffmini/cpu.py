@@ -444,8 +444,8 @@ class CPUDecoder:
         self._require_open()
         check_slot(slot, self.num_slots)
         config = self.config
-        for bits in (keys, values):
-            check_cache(bits, config.num_layers, config.num_kv_heads, config.head_dim, self.max_seq_len)
+        sizes = config.num_layers, config.num_kv_heads, config.head_dim, self.max_seq_len
+        check_cache(keys, values, *sizes)
         for cache, bits in ((self.key_cache, keys), (self.value_cache, values)):
             cache[:, slot, :, : bits.shape[2]] = from_bf16(bits)
 

@@ -47,10 +47,9 @@ class Completion:
 
     text: str  # what the new tokens add to the prompt: no special tokens, cut before a stop string
     tokens: list[int]  # all new tokens, those of a stop string and the one that ended the text included
-    finish_reason: (
-        str  # "stop": EOS, stop_token_ids, stop string; "length": max_new_tokens or a full context;
-    )
-    # "error": see there; only one of several prompts has it, a single one raises
+    # "stop": EOS, stop_token_ids, stop string; "length": max_new_tokens or a full context; "error": see
+    # there, only one of several prompts has it, a single one raises
+    finish_reason: str
     usage: Usage
     timings: Timings
     logprobs: list[TokenLogprobs] | None  # one per new token, if asked for

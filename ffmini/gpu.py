@@ -793,8 +793,8 @@ class GPUDecoder:
     def write_cache(self, slot: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Make `keys` and `values`, as read_cache() gives them, those of the slot's first positions."""
         config = self.config
-        for bits in (keys, values):
-            check_cache(bits, config.num_layers, config.num_kv_heads, config.head_dim, self.max_seq_len)
+        sizes = config.num_layers, config.num_kv_heads, config.head_dim, self.max_seq_len
+        check_cache(keys, values, *sizes)
         self._check_cache(slot, keys.shape[2])
         with self._on_device():
             self._write(self.key_cache[:, slot], keys, KEY_ROTATION)

@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ DEFAULT_MAX_SEQ_LEN = 4096
 MAX_BATCH_SIZE = 16
 
 
-class _OpenStream:
+class _OpenStream(ABC):
     """What the streams of one and of several prompts have in common."""
 
     def __init__(self, model: Model, runs: Sequence[Run]) -> None:
@@ -84,8 +85,9 @@ class _OpenStream:
                 raise StopIteration
             return self._pieces.popleft()
 
+    @abstractmethod
     def _note_finish(self, index: int) -> None:
-        raise NotImplementedError
+        """Keep the result of prompt number `index`, which has ended."""
 
 
 class Stream(_OpenStream, Iterator[str]):

@@ -69,17 +69,23 @@ def check_works(
 
 
 def check_cache(
-    bits: np.ndarray, num_layers: int, num_kv_heads: int, head_dim: int, max_seq_len: int
+    keys: np.ndarray,
+    values: np.ndarray,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seq_len: int,
 ) -> None:
-    """Raise ValueError unless `bits` can be keys or values of a slot's first positions.
+    """Raise ValueError unless `keys` and `values` can be those of a slot's first positions.
 
-    That is finite bf16 bits, uint16 [num_layers, num_kv_heads, count, head_dim], count <= max_seq_len.
+    Both are finite bf16 bits, uint16 [num_layers, num_kv_heads, count, head_dim], count <= max_seq_len.
     """
-    count = bits.shape[2] if bits.ndim == 4 else 0
-    if bits.dtype != np.uint16 or bits.shape != (num_layers, num_kv_heads, count, head_dim):
-        expected = f"uint16 [{num_layers}, {num_kv_heads}, n, {head_dim}]"
-        raise ValueError(f"keys and values: {expected} expected, found {bits.dtype} {list(bits.shape)}")
+    count = keys.shape[2] if keys.ndim == 4 else 0
+    for bits in (keys, values):
+        if bits.dtype != np.uint16 or bits.shape != (num_layers, num_kv_heads, count, head_dim):
+            expected = f"uint16 [{num_layers}, {num_kv_heads}, n, {head_dim}]"
+            raise ValueError(f"keys and values: {expected} expected, found {bits.dtype} {list(bits.shape)}")
+        if ((bits & 0x7F80) == 0x7F80).any():
+            raise ValueError("keys and values: finite numbers expected, found others")
     if count > max_seq_len:
         raise ValueError(f"keys and values of at most {max_seq_len} positions expected, found {count}")
-    if ((bits & 0x7F80) == 0x7F80).any():
-        raise ValueError("keys and values: finite numbers expected, found others")

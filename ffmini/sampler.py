@@ -27,9 +27,8 @@ from .candidates import MAX_QUERIED, Candidates, Query, largest
 from .errors import GenerationError
 from .options import GenerationOptions
 
-_FIRST_RANKED = (
-    64  # of all scores, where top_k does not say how many; eight times as many if they don't suffice
-)
+# Of all scores, where top_k does not say how many; eight times as many if they don't suffice.
+_FIRST_RANKED = 64
 
 
 MAX_INVERSE_TEMPERATURE = 1e38
