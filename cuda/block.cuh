@@ -18,8 +18,7 @@ constexpr int MAX_GROUPS = WEIGHT_BITS == 4 ? ceil_div(MAX_K, GROUP_SIZE) : 1;  
 
 struct ActivationScales {
     float segment[ROWS * MAX_SEGMENTS];  // [row][segment]: what one is worth
-    float
-        group_sum[ROWS * MAX_GROUPS];  // [row][group of int4's scales]: their sum, which goes with the zeros
+    float group_sum[ROWS * MAX_GROUPS];  // [row][group of int4's scales]: their sum, for the zeros
 };
 
 // ---- attention's scratch, which lies over the activations: they are dead while it is used ----

@@ -8,7 +8,8 @@
 // ---- one unit: 16 outputs, one segment ----
 // What a warp makes of a unit: add<K>() takes the slots in their order, each K wide, at `in_segment`;
 // finish() leaves part[row][output of the tile]; seen() is a number made of everything that was read in the
-// slots.
+// slots. Where a lane reads is known before the input comes: a slot's address is that of the lane's 16 bytes
+// in its first line, input_of() the offset among the activations at which each of the lane's SETS begins.
 
 template <class M, bool INTEGER = M::BITS != 16>
 class Unit;
