@@ -1,38 +1,15 @@
-// A quantised model's activations as integers: each segment of 256 k of a row shares one power of two, so
-// that the products with the weights' codes are exact. 16 bits hold all that bf16 has of every element within
-// 2^-7 of the segment's largest. Two planes of bytes, q = 256 high + low, take the place of the segment's
-// bf16. ffmini/numerics.py has the same arithmetic (align).
+// A quantised model's activations as integers (arithmetic.cuh) where a block's products find them: two planes
+// of bytes take the place of the segment's bf16.
 #pragma once
 
+#include "arithmetic.cuh"
 #include "block.cuh"
-
-constexpr uint32_t ALIGNED_EXPONENT = 127 + 14;  // biased: where the largest element's goes, so |q| < 2^15
-constexpr uint32_t LEAST_EXPONENT = 27;  // of a largest element: below, powers of two would leave their range
-constexpr uint32_t INFINITE_BF16 = 0x7f80;
-constexpr uint32_t NAN_BITS = 0x7fffffff;  // what a segment with an element that is not finite is worth
-constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: a sum with it has the nearest integer in its low bits
-constexpr uint32_t ROUNDER_BITS = 0x4b400000;
 
 // Where in a segment the plane's 16 bytes of a block of 64 k begin that the lanes with lane % 4 = t multiply:
 // k = 8t .. 8t + 7 and 32 more. The low plane's blocks are swapped in pairs: the two columns that a quarter
 // warp reads at once lie in different banks.
 __device__ __forceinline__ int plane_offset(int plane, int block64, int t) {
     return plane * SEGMENT + 64 * (block64 ^ plane) + 16 * t;
-}
-
-// The largest magnitude among eight bf16, as its bits.
-__device__ __forceinline__ uint32_t largest_bits(const uint4& pairs) {
-    const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-    uint32_t largest = 0;  // in the upper 15 bits; what is below decides nothing
-    for (int i = 0; i < 4; ++i) largest = max_of(largest, max_of(words[i] << 1, words[i] << 17));
-    return largest >> 17;
-}
-
-// Byte B of each of four words.
-template <int B>
-__device__ __forceinline__ uint32_t gather_bytes(const uint32_t* words) {
-    constexpr uint32_t PAIR = B | (4 + B) << 4;
-    return __byte_perm(__byte_perm(words[0], words[1], PAIR), __byte_perm(words[2], words[3], PAIR), 0x5410);
 }
 
 // What a warp does to turn segments from bf16 into integers, BATCH of them at once: each is a chain of steps
@@ -76,29 +53,16 @@ class Aligner {
     // Also what one is worth. The sum of the lane's integers.
     __device__ uint32_t write_planes(const Block& block, int i) {
         const int lane = block.lane(), in_block = lane % 8 / 4 * 8;
-        const uint32_t exponent =
-            max_of((largest_[i] + 1) >> 7, LEAST_EXPONENT);  // of what rounds up, one more
-        const float factor = __uint_as_float((127 + ALIGNED_EXPONENT - exponent) << 23);
-        const uint32_t words[4] = {pairs_[i].x, pairs_[i].y, pairs_[i].z, pairs_[i].w};
-        uint32_t low[8], high[8], sum = -8 * ROUNDER_BITS;
-        for (int k = 0; k < 8; ++k) {
-            const uint32_t bits = k % 2 == 0 ? words[k / 2] << 16 : words[k / 2] & 0xffff0000;
-            low[k] = __float_as_uint(fmaf(__uint_as_float(bits), factor, ROUNDER));
-            high[k] =
-                __float_as_uint(fmaf(__uint_as_float(bits), factor, ROUNDER + 128));  // not on the busy unit
-            sum += low[k];
-        }
-        if (!exists_[i]) return sum;
+        const AlignedEight eight(pairs_[i], largest_[i]);
+        if (!exists_[i]) return eight.sum;
         *reinterpret_cast<uint2*>(bytes(block, i) + plane_offset(0, lane / 8, lane % 4) + in_block) =
-            make_uint2(gather_bytes<1>(high), gather_bytes<1>(high + 4));
+            eight.high;
         *reinterpret_cast<uint2*>(bytes(block, i) + plane_offset(1, lane / 8, lane % 4) + in_block) =
-            make_uint2(gather_bytes<0>(low), gather_bytes<0>(low + 4));
+            eight.low;
         if (lane == 0) {
-            const uint32_t worth =
-                largest_[i] < INFINITE_BF16 ? (exponent + 127 - ALIGNED_EXPONENT) << 23 : NAN_BITS;
-            block.scales()->segment[row_[i] * MAX_SEGMENTS + segment_[i]] = __uint_as_float(worth);
+            block.scales()->segment[row_[i] * MAX_SEGMENTS + segment_[i]] = worth_of(largest_[i]);
         }
-        return sum;
+        return eight.sum;
     }
 
     // The lanes' sums by groups of the scales.

@@ -4,9 +4,8 @@
 // rows.
 #pragma once
 
+#include "arithmetic.cuh"
 #include "exchange.cuh"
-
-#define MASKED __int_as_float(0xff800000)  // minus infinity
 
 // ---- an item's vectors ----
 
@@ -42,30 +41,10 @@ __device__ __forceinline__ bool receive_vectors(const Block& block, const Item& 
     return receive<MOST>(block, count, tag, where, at, take);
 }
 
-// One warp norms (if the model does), rotates by the angles of the pass's row `row` and rounds one head's
-// vector into target[place(d)].
-template <class Place>
-__device__ __forceinline__ void norm_and_rotate(const Block& block, const float* vector, const float* weight,
-                                                int row, uint16_t* target, Place place) {
-    float scale = 1.0f;
-    if (QK_NORM) {
-        float squares = 0.0f;
-        for (int d = block.lane(); d < HEAD_DIM; d += 32) squares = fmaf(vector[d], vector[d], squares);
-        scale = rsqrt_approx(block.warp_sum(squares) * (1.0f / HEAD_DIM) + RMS_NORM_EPS);
-    }
-    const float* cosines = block.shared()->rope_cos + row * (HEAD_DIM / 2);
-    const float* sines = block.shared()->rope_sin + row * (HEAD_DIM / 2);
-    for (int d = block.lane(); d < HEAD_DIM / 2; d += 32) {
-        float low = vector[d], high = vector[d + HEAD_DIM / 2];
-        if (QK_NORM) {
-            low = low * scale * weight[d];
-            high = high * scale * weight[d + HEAD_DIM / 2];
-        }
-        const float c = cosines[d], s = sines[d];
-        const uint32_t pair = pack_bf16x2(fmaf(low, c, -(high * s)), fmaf(high, c, low * s));
-        target[place(d)] = static_cast<uint16_t>(pair);
-        target[place(d + HEAD_DIM / 2)] = static_cast<uint16_t>(pair >> 16);
-    }
+// Of the rotation of the pass's row `row`.
+__device__ __forceinline__ Angles angles_of(const Block& block, int row) {
+    const int at = row * (HEAD_DIM / 2);
+    return {block.shared()->rope_cos + at, block.shared()->rope_sin + at};
 }
 
 // Fills query_bf16, key_bf16 and value_bf16 of the item.
@@ -88,11 +67,11 @@ __device__ __forceinline__ bool load_item(Block& block, const Item& item, int la
     for (int v = block.warp(); v < item.heads() + item.end - item.fresh; v += WARPS) {
         const int i = v - item.heads();
         if (i < 0) {
-            norm_and_rotate(block, s.query + v * HEAD_DIM, s.norm, item.row, s.query_bf16 + v * QUERY_STRIDE,
-                            [](int d) { return d; });
+            norm_and_rotate(s.query + v * HEAD_DIM, s.norm, angles_of(block, item.row),
+                            s.query_bf16 + v * QUERY_STRIDE, [](int d) { return d; });
             continue;
         }
-        norm_and_rotate(block, s.key + i * HEAD_DIM, s.norm + HEAD_DIM, item.fresh_row + i,
+        norm_and_rotate(s.key + i * HEAD_DIM, s.norm + HEAD_DIM, angles_of(block, item.fresh_row + i),
                         s.key_bf16 + i * HEAD_DIM,
                         [&](int d) { return rotated(d, item.fresh + i, KEY_ROTATION); });
         for (int d = block.lane(); d < HEAD_DIM; d += 32) {
@@ -128,8 +107,6 @@ __device__ __forceinline__ const uint8_t* vector_at(const Item& item, const uint
     return own ? reinterpret_cast<const uint8_t*>(fresh + (position - item.fresh) * HEAD_DIM)
                : slot + (position - first) * HEAD_DIM * 2;
 }
-
-constexpr int TILE_RUNS = KV_TILE / KV_RUN;
 
 // score[run][c] = q . k / sqrt(HEAD_DIM) * log2(e) of head lane / 4 and the run's position 2 (lane % 4) + c,
 // or MASKED.
@@ -369,7 +346,7 @@ __device__ __forceinline__ void merge_sums(const Block& block, int splits, float
     for (int split = block.lane(); split < splits; split += 32) {
         sum = fmaf(exp2_approx(s.max[split] - top), s.sum[split], sum);
     }
-    sum = block.warp_sum(sum);
+    sum = warp_sum(sum);
 }
 
 // Merges the partial softmaxes of one (row, head): runs of MERGE_RUN splits, by absolute number, each in

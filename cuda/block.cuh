@@ -1,6 +1,7 @@
 // What a thread knows of its block: its place, the shared memory and the pass's arguments.
 #pragma once
 
+#include "arithmetic.cuh"
 #include "config.cuh"
 #include "stream.cuh"
 
@@ -22,10 +23,8 @@ struct ActivationScales {
 };
 
 // ---- attention's scratch, which lies over the activations: they are dead while it is used ----
-constexpr int HEAD_DIM_PAD = round_up(HEAD_DIM, 32);
 constexpr int QUERY_STRIDE = HEAD_DIM_PAD % 64 == 0 ? HEAD_DIM_PAD + 32 : HEAD_DIM_PAD;
 constexpr int TILE_HEADS = 8;  // columns of an mma
-constexpr int HEAD_DIM_TILES = ceil_div(HEAD_DIM, TILE_ROWS);
 // Tiles of 16 dimensions whose sums over positions are in shared memory at a time.
 constexpr int SWEEP_TILES =
     min_of(HEAD_DIM_TILES, max_of(1, (SHARED_LIMIT > 128 * 1024 ? 512 : 256) / (ITEM_HEADS * TILE_ROWS)));
@@ -47,7 +46,6 @@ struct AttentionScratch {
     float sum[ITEM_HEADS];
 };
 
-constexpr int MERGE_RUN = 16;  // the canonical order of merging: runs of 16 splits, by their absolute number
 constexpr int MAX_RUNS = ceil_div(MAX_SPLITS, MERGE_RUN) + 1;
 
 struct MergeScratch {
@@ -151,12 +149,6 @@ struct Block {
 
     // Called once a layer: places that depend on the thread are computed anew, not kept over the layers.
     __device__ void locate() { thread = opaque(threadIdx.x) & 1023; }  // not negative: divisions are shifts
-
-    // The sum over the warp, the same bits in every lane.
-    __device__ float warp_sum(float x) const {
-        for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
-        return x;
-    }
 };
 
 // What must stand in shared memory before anything else. All threads of the block call it and may read it

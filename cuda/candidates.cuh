@@ -227,7 +227,7 @@ __device__ __forceinline__ void list_share(const Block& block, int row) {
         const float logit = logit_of(entry);
         if (entry != NO_ENTRY) sum += rescale(entry, first, inverse_temperature) + (logit - logit);
     }
-    sum = block.warp_sum(sum);
+    sum = warp_sum(sum);
     WarpCandidates& share = block.candidates()->of[row][block.warp()];
     if (block.lane() < LISTED) share.entry[block.lane()] = listed;
     if (block.lane() == 0) share.sum = sum;
@@ -247,7 +247,7 @@ __device__ __forceinline__ void publish_list(const Block& block, int row) {
     const WarpCandidates& share = shares[block.lane() % WARPS];
     const bool counts = block.lane() < WARPS && share.entry[0] != NO_ENTRY;
     const float scale = rescale(share.entry[0], first, block.args.inverse_temperature[row]);
-    const float sum = block.warp_sum(counts ? share.sum * scale : 0.0f);
+    const float sum = warp_sum(counts ? share.sum * scale : 0.0f);
     if (block.lane() < LISTED) {
         publish(list_packets(block.args.exchange, row) + blockIdx.x * LISTED + block.lane(),
                 static_cast<uint32_t>(listed), static_cast<uint32_t>(listed >> 32), __float_as_uint(sum),
@@ -291,7 +291,7 @@ __device__ __forceinline__ bool receive_lists(const Block& block, int row, uint6
         listed += entry != NO_ENTRY ? 1.0f : 0.0f;
         entries[i] = entry;
     }
-    first = first_entry(first), bound = first_entry(bound), listed = block.warp_sum(listed);
+    first = first_entry(first), bound = first_entry(bound), listed = warp_sum(listed);
     if (block.lane() == 0) {
         s.first[block.warp()] = first, s.bound[block.warp()] = bound, s.listed[block.warp()] = listed;
     }
@@ -308,7 +308,7 @@ __device__ __forceinline__ RowSummary summarise(const Block& block, int num_quer
     RowSummary row;
     row.first = first_entry(holds ? s.first[warp] : NO_ENTRY);
     row.bound = first_entry(holds ? s.bound[warp] : NO_ENTRY);
-    const float listed = block.warp_sum(holds ? s.listed[warp] : 0.0f);
+    const float listed = warp_sum(holds ? s.listed[warp] : 0.0f);
     row.complete = listed == static_cast<float>(VOCAB_SIZE - num_queried);
     if (row.complete) row.bound = NO_ENTRY;
     return row;
@@ -336,7 +336,7 @@ __device__ __forceinline__ void keep_exact(const Block& block, const uint64_t (&
     for (int i = 0; i < GATHERED; ++i) {
         if (entries[i] != NO_ENTRY && entries[i] <= row.bound) s.entry[place++] = entries[i];
     }
-    total = block.warp_sum(total);
+    total = warp_sum(total);
     if (block.lane() == 0) s.total[block.warp()] = total;
     sync_threads<THREADS>();
 }
@@ -368,7 +368,7 @@ __device__ __forceinline__ bool merge_lists(const Block& block, int row, int num
     keep_exact(block, entries, summary, block.args.inverse_temperature[row]);
     const int count = static_cast<int>(s.count), listed = min_of(count, MOST_LISTED);
     if (block.warp() == WARPS - 1) {
-        const float total = block.warp_sum(block.lane() < WARPS ? s.total[block.lane()] : 0.0f);
+        const float total = warp_sum(block.lane() < WARPS ? s.total[block.lane()] : 0.0f);
         const bool complete = summary.complete && listed == count;
         if (block.lane() == 0) {
             store_relaxed_system_128(packets,

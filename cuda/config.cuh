@@ -105,6 +105,7 @@ static_assert(LmHead::BYTES == LM_HEAD_BYTES,
               "ffmini/layout.py and cuda/config.cuh disagree about the lm_head's bytes");
 
 constexpr int HIDDEN_TILES = OProj::TILES;
+constexpr int RESIDUAL_SIZE = HIDDEN_TILES * TILE_ROWS;  // of a row; what is behind HIDDEN_SIZE is zero
 
 // A warp takes KV_TILE positions of a block of KV_BLOCK, their keys and then their values. They come in slots
 // of KV_SLOT positions (about 2 KB), which it multiplies in runs of KV_RUN.
@@ -112,7 +113,11 @@ constexpr int KV_TILE = KV_BLOCK / WARPS;
 constexpr int KV_SLOT = HEAD_DIM <= 64 ? 16 : (HEAD_DIM <= 128 ? 8 : 4);
 constexpr int KV_RUN = min_of(8, KV_SLOT);
 constexpr int KV_SLOT_BYTES = KV_SLOT * HEAD_DIM * 2;
+constexpr int TILE_RUNS = KV_TILE / KV_RUN;
+constexpr int HEAD_DIM_PAD = round_up(HEAD_DIM, 32);
+constexpr int HEAD_DIM_TILES = ceil_div(HEAD_DIM, TILE_ROWS);
 constexpr int MAX_SPLITS = ceil_div(MAX_SEQ_LEN, KV_BLOCK);
+constexpr int MERGE_RUN = 16;  // the canonical order of merging: runs of 16 splits, by their absolute number
 constexpr int ITEM_HEADS = min_of(HEADS_PER_KV, 8);  // query heads of one item of attention
 constexpr int HEAD_GROUPS = ceil_div(HEADS_PER_KV, ITEM_HEADS);
 constexpr int ITEM_GROUPS = NUM_KV_HEADS * HEAD_GROUPS;
@@ -148,8 +153,8 @@ constexpr int MAX_BLOCKS = 192;   // of a grid: there is room for so many lists
 // Of a row: a header, the queried tokens, the candidates (see candidates.cuh).
 constexpr int RESULT_PACKETS = 1 + MAX_QUERIED + MOST_LISTED;
 
-// The kernel's one argument; ffmini/kernel.py holds the same struct as a NumPy dtype, a test compares them.
-struct PassArgs {
+// What every kernel is told of the model: the first part of its one argument.
+struct ModelArgs {
     const uint8_t* layers;         // packed [NUM_LAYERS][LAYER_BYTES]
     const uint8_t* lm_head;        // packed [LM_HEAD_BYTES]
     const uint16_t* embed_tokens;  // bf16 [VOCAB_SIZE][HIDDEN_SIZE]; null if tied
@@ -159,18 +164,23 @@ struct PassArgs {
     const float* rope_sin;         // [MAX_SEQ_LEN][HEAD_DIM / 2]
     uint16_t* key_cache;           // bf16 [NUM_LAYERS][num_slots][NUM_KV_HEADS][MAX_SEQ_LEN][HEAD_DIM],
     uint16_t* value_cache;         // the same; within a vector as rotated() says (items.cuh)
+    Status* status;                // the host's memory
+    uint32_t* gave_up;             // the pass that some block has given up: all blocks leave it
+    uint64_t spin_limit_ns;
+    uint32_t pass;  // 1 .. 2^32 / (NUM_LAYERS + 1), a new one for each launch
+    int num_slots;
+};
+
+// The argument of a pass; ffmini/kernel.py holds the same struct as a NumPy dtype, a test compares them.
+struct PassArgs : ModelArgs {
     uint4* exchange;          // [EXCHANGE_PACKETS + blocks * BLOCK_PACKETS], zeroed once; see exchange.cuh
     float* logits;            // [ROWS][VOCAB_SIZE]
+    const float* residual;    // [ROWS][RESIDUAL_SIZE] after the last layer: only the lm_head is left; or null
     int* queried_ids;         // [MAX_ROWS][MAX_QUERIED]: see queried_list() in candidates.cuh
     uint4* candidates;        // the host's memory, [ROWS][RESULT_PACKETS]; null: not wanted
     const uint64_t* mailbox;  // the host's memory; see AWAITED
-    Status* status;           // the host's memory
-    uint32_t* gave_up;        // the pass that some block has given up: all blocks leave it
     uint64_t* stage_times;    // [NUM_LAYERS + 1][MARKS][blocks] in nanoseconds; only if STAGE_TIMES
-    uint64_t spin_limit_ns;
     uint64_t token_limit_ns;
-    uint32_t pass;  // 1 .. 2^32 / (NUM_LAYERS + 1), a new one for each launch
-    int num_slots;
     int num_rows;          // 1 .. ROWS
     uint32_t logits_rows;  // bit r: row r's logits are wanted; 0 leaves the lm_head out
     uint32_t append;       // bit r: row r's token joins its queried ids; the mail says it of an awaited one
@@ -181,6 +191,11 @@ struct PassArgs {
 
 __device__ __forceinline__ int num_rows(const PassArgs& args) {
     return ROWS == 1 ? 1 : args.num_rows;
+}
+
+// NUM_LAYERS: none is left.
+__device__ __forceinline__ int first_layer(const PassArgs& args) {
+    return args.residual == nullptr ? 0 : NUM_LAYERS;
 }
 
 // The row of element `index` of [rows][size].

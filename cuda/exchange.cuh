@@ -93,31 +93,6 @@ __device__ __forceinline__ void publish(uint4* packet, uint32_t x, uint32_t y, u
 
 // ---- receiving ----
 
-// Called while a packet is not there yet. False once the wait is hopeless: this or another block has
-// waited longer than the bound. All blocks then leave.
-class Patience {
-  public:
-    __device__ Patience(const PassArgs& args, int where) : args_(args), where_(where) {}
-
-    __device__ bool more() {
-        if (++polls_ % 256 != 0) return true;
-        if (load_relaxed_32(args_.gave_up) == args_.pass) return false;
-        const uint64_t now = global_timer_ns();
-        if (deadline_ == 0) deadline_ = now + args_.spin_limit_ns;
-        if (now < deadline_) return true;
-        store_relaxed_system_128(reinterpret_cast<uint4*>(args_.status),
-                                 make_uint4(static_cast<uint32_t>(where_), blockIdx.x, 0, args_.pass));
-        store_relaxed_32(args_.gave_up, args_.pass);
-        return false;
-    }
-
-  private:
-    const PassArgs& args_;
-    uint64_t deadline_ = 0;
-    uint32_t polls_ = 0;
-    int where_;
-};
-
 constexpr int RECEIVE_BATCH = 8;  // packets that a thread asks for at once, at most
 
 // Hands the packets first, first + step, ... below `count` to take(index, packet); at(index) is where one

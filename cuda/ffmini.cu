@@ -9,15 +9,6 @@
 
 // ---- helpers of the stages ----
 
-// Where a wait stands, for the report when it gives up.
-__device__ __forceinline__ int where_of(int layer, int stage) {
-    return 8 * layer + stage;
-}
-
-__device__ __forceinline__ const float* layer_vectors(const Block& block, int layer) {
-    return block.args.vectors + static_cast<uint64_t>(layer) * VECTORS_SIZE;
-}
-
 // Publishes 16 floats, which lie in the lanes of a half warp, as the packets of tile `tile`. The whole warp
 // calls it, as all that share out work among half warps; a half that is not `valid` publishes nothing.
 __device__ __forceinline__ void publish_floats(const Block& block, uint4* packets, int tile, float value,
@@ -74,16 +65,8 @@ __device__ __forceinline__ void zero_activation_tail(Block& block, int from) {
 __device__ __forceinline__ void scale_rows(const Block& block) {
     const int row = WARPS - 1 - block.warp();
     if (row >= num_rows(block.args)) return;
-    const float* tile_squares = block.shared()->tile_squares + row * HIDDEN_TILES;
-    float squares = 0.0f;
-#pragma unroll
-    for (int tile = 0; tile < HIDDEN_TILES; tile += 32) {
-        if (tile + block.lane() < HIDDEN_TILES) squares += tile_squares[tile + block.lane()];
-    }
-    squares = block.warp_sum(squares);
-    if (block.lane() == 0) {
-        block.shared()->norm_scale[row] = rsqrt_approx(squares * (1.0f / HIDDEN_SIZE) + RMS_NORM_EPS);
-    }
+    const float scale = inverse_rms(block.shared()->tile_squares + row * HIDDEN_TILES);
+    if (block.lane() == 0) block.shared()->norm_scale[row] = scale;
 }
 
 // Makes operands of bf16 activations that have arrived.
@@ -180,30 +163,6 @@ class NextNorm {
     float weight_[PER_THREAD] = {};
 };
 
-// One element of a token's embedding.
-__device__ __forceinline__ float embedding(const PassArgs& args, int token, int k) {
-    if (!TIE_WORD_EMBEDDINGS) {
-        const uint32_t bits = args.embed_tokens[static_cast<uint64_t>(token) * HIDDEN_SIZE + k];
-        return __uint_as_float(bits << 16);
-    }
-    // Tied: the same storage as the lm_head; layout.py says where element (r, k) of a tile lies.
-    const int r = token % TILE_ROWS, step = k % 8 / 4, half = k % 4 / 2;
-    const int lane = r % 8 * 4 + k % 32 / 8, in_slot = k % LmHead::SLOT_K, slot = k / LmHead::SLOT_K;
-    const uint8_t* bytes = args.lm_head + static_cast<uint64_t>(token / TILE_ROWS) * LmHead::TILE_BYTES +
-                           static_cast<uint64_t>(slot) * LmHead::SLOT_BYTES;
-    if (LM_HEAD_BITS == 16) {
-        const int at =
-            (in_slot / 32 * 2 + step) * LINE_BYTES + lane * 16 + (2 * half + r / 8) * 4 + k % 2 * 2;
-        return __uint_as_float(static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(bytes + at)) << 16);
-    }
-    const int at = in_slot / 32 * LINE_BYTES + lane * 16 + (2 * step + r / 8) * 4 + k % 4;
-    const int slot_k = slot + 1 == LmHead::SLOTS ? LmHead::TAIL_K : LmHead::SLOT_K;
-    const uint8_t* scales = bytes + slot_k / 32 * LINE_BYTES;
-    const int group = in_slot / LM_HEAD_GROUP_SIZE;
-    const float scale = half_to_float(reinterpret_cast<const uint16_t*>(scales)[group * TILE_ROWS + r]);
-    return scale * static_cast<float>(static_cast<signed char>(bytes[at]));
-}
-
 // Adds a matrix's outputs (and its bias) to the residual of this block's tiles and publishes the result.
 template <class M>
 __device__ __forceinline__ void multiply_into_residual(Block& block, Products<M>& products, const float* bias,
@@ -222,18 +181,24 @@ __device__ __forceinline__ void multiply_into_residual(Block& block, Products<M>
 
 // ---- the stages: each returns false when a wait gave up, and the block leaves ----
 
-// reads: the token ids. writes: hidden of layer 0, this block's part of the residual. waits for: the token,
-// if it is awaited.
+// reads: the token ids or, if the rows have been through the layers already, what these left. writes: hidden
+// of the pass's first layer, this block's part of the residual. waits for: the token, if it is awaited.
 __device__ __forceinline__ bool embed(Block& block) {
-    if (awaits_token(block.args) && !receive_token(block, where_of(0, STAGE_HOST))) return false;
-    const LayerPackets packets(block.args.exchange, 0);
-    const uint32_t tag = tag_of(block.args, 0);
-    const float* norm = layer_vectors(block, 0) + INPUT_LAYERNORM_OFFSET;
+    const PassArgs& args = block.args;
+    if (awaits_token(args) && !receive_token(block, where_of(0, STAGE_HOST))) return false;
+    const int layer = first_layer(args);
+    const LayerPackets packets(args.exchange, layer);
+    const uint32_t tag = tag_of(args, layer);
+    const float* norm = layer == 0 ? layer_vectors(args, 0) + INPUT_LAYERNORM_OFFSET : args.norm;
     const int jobs = block.own_tiles(STAGE_O) * num_rows(block.args), output = block.thread % TILE_ROWS;
     for_half_warps(block, jobs, [&](int job, bool valid) {
         const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
         const int tile = blockIdx.x + own_tile * gridDim.x, k = tile * TILE_ROWS + output;
-        const float x = k < HIDDEN_SIZE ? embedding(block.args, token_of(block, row), k) : 0.0f;
+        float x = 0.0f;
+        if (k < HIDDEN_SIZE) {
+            x = layer == 0 ? embedding(args, token_of(block, row), k)
+                           : args.residual[row * RESIDUAL_SIZE + k];
+        }
         if (valid) block.shared()->residual[(own_tile * ROWS + row) * TILE_ROWS + output] = x;
         publish_residual(block, packets.hidden() + row * HIDDEN_PACKETS, tile, x,
                          k < HIDDEN_SIZE ? norm[k] : 0.0f, tag, valid);
@@ -256,7 +221,7 @@ __device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
     if (block.own_tiles(STAGE_QKV) == 0) return true;
-    const float* vectors = layer_vectors(block, layer);
+    const float* vectors = layer_vectors(block.args, layer);
     Products<QkvProj> products(block, STAGE_QKV);
     if (!receive_residual<QkvProj>(block, packets.hidden(), tag, where_of(layer, STAGE_QKV))) return false;
     mark(block, layer, MARK_QKV_IN);
@@ -301,7 +266,7 @@ __device__ __forceinline__ bool o_proj(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
     if (block.own_tiles(STAGE_O) == 0) return true;
-    const float* vectors = layer_vectors(block, layer);
+    const float* vectors = layer_vectors(block.args, layer);
     const NextNorm next(block, vectors + POST_ATTENTION_LAYERNORM_OFFSET);
     Products<OProj> products(block, STAGE_O);
     if (!receive_bf16<OProj, 6, HEAD_PACKETS, HEAD_DIM, ATTENTION_PACKETS>(block, packets.attention(), tag,
@@ -321,7 +286,7 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
     if (block.own_tiles(STAGE_GATE_UP) == 0) return true;
-    const float* vectors = layer_vectors(block, layer);
+    const float* vectors = layer_vectors(block.args, layer);
     Products<GateUpProj> products(block, STAGE_GATE_UP);
     if (!receive_residual<GateUpProj>(block, packets.mid_hidden(), tag, where_of(layer, STAGE_GATE_UP))) {
         return false;
@@ -334,7 +299,7 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
         if (MLP_BIAS) sum += vectors[GATE_UP_BIAS_OFFSET + tile * TILE_ROWS + output];
         const float up = __shfl_xor_sync(0xffffffff, sum, 8);
         // silu(gate) * up in outputs 0 to 7
-        const float x = divide_approx(sum, 1.0f + exp2_approx(-LOG2_E * sum)) * up;
+        const float x = silu(sum) * up;
         const uint32_t pair = pack_with_neighbour(block, x);
         uint32_t words[2];
         for (int w = 0; w < 2; ++w) {
@@ -354,7 +319,7 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
     if (block.own_tiles(STAGE_DOWN) == 0) return true;
-    const float* vectors = layer_vectors(block, layer);
+    const float* vectors = layer_vectors(block.args, layer);
     const bool last = layer + 1 == NUM_LAYERS;
     const NextNorm next(block, last ? block.args.norm : vectors + VECTORS_SIZE + INPUT_LAYERNORM_OFFSET);
     Products<DownProj> products(block, STAGE_DOWN);
@@ -406,7 +371,7 @@ __device__ __forceinline__ bool run_pass(Block& block) {
     look_up_angles(block);
     if (!embed(block)) return false;
 #pragma unroll 1
-    for (int layer = 0; layer < NUM_LAYERS; ++layer) {
+    for (int layer = first_layer(args); layer < NUM_LAYERS; ++layer) {
         block.locate();
         if (!norm_qkv(block, opaque(layer))) return false;
         if (!attention(block, opaque(layer))) return false;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "activations.cuh"
+#include "codes.cuh"
 
 // ---- one unit: 16 outputs, one segment ----
 // What a warp makes of a unit: add<K>() takes the slots in their order, each K wide, at `in_segment`;
@@ -13,11 +14,6 @@
 
 template <class M, bool INTEGER = M::BITS != 16>
 class Unit;
-
-// Of a slot the 16 bytes of this lane in line i.
-__device__ __forceinline__ uint4 load_line(const uint8_t* slot, int i) {
-    return *reinterpret_cast<const uint4*>(slot + i * LINE_BYTES);
-}
 
 // bf16: a segment goes in m16n8k16 steps, a column is a row.
 template <class M>
@@ -61,61 +57,6 @@ class Unit<M, false> {
     }
 
     float sum_[4] = {};
-};
-
-// How codes become A fragments of integers, how the products of a group become a sum, and what that is worth.
-// A new format of codes is one more of these: load() gives the fragments of the two steps of a block of 64 k;
-// exact() makes of a group's products with the planes, of outputs lane / 4 or, with `half`, 8 more, those
-// with the integers, rounded once; scaled() adds them to the sum of the segment's other groups.
-template <class M, int BITS = M::BITS>
-struct Codes;
-
-template <class M>
-struct Codes<M, 8> {
-    static __device__ void load(const uint8_t* slot, int block64, uint32_t (&a)[2][4]) {
-        for (int step = 0; step < 2; ++step) {
-            const uint4 line = load_line(slot, 2 * block64 + step);
-            a[step][0] = line.x, a[step][1] = line.y, a[step][2] = line.z, a[step][3] = line.w;
-        }
-    }
-    static __device__ void multiply(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        mma_16x8x32_signed(d, a, b0, b1);
-    }
-    static __device__ float exact(const int (&d)[4], int half) {
-        return static_cast<float>(256 * d[2 * half] + d[2 * half + 1]);
-    }
-    // Scales are fp16 [16 outputs].
-    static __device__ float scaled(float product, float, const uint8_t* scales, int output, float sum) {
-        return fmaf(half_to_float(reinterpret_cast<const uint16_t*>(scales)[output]), product, sum);
-    }
-};
-
-template <class M>
-struct Codes<M, 4> {
-    // A byte has the codes of outputs o and, above, o + 8. As it is it counts for the one, with the lower
-    // half gone for the other: 16 times its code.
-    static __device__ void load(const uint8_t* slot, int block64, uint32_t (&a)[2][4]) {
-        const uint4 line = load_line(slot, block64);
-        a[0][0] = line.x, a[0][2] = line.y, a[1][0] = line.z, a[1][2] = line.w;
-        for (int step = 0; step < 2; ++step) {
-            for (int half = 0; half < 2; ++half) a[step][2 * half + 1] = a[step][2 * half] & 0xf0f0f0f0;
-        }
-    }
-    static __device__ void multiply(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        mma_16x8x32_unsigned(d, a, b0, b1);
-    }
-    static __device__ float exact(const int (&d)[4], int half) {
-        const int upper = 256 * d[2] + d[3];
-        return half == 1 ? static_cast<float>(upper) * 0.0625f
-                         : static_cast<float>(256 * d[0] + d[1] - upper);
-    }
-    // Scales are fp16 [16 outputs][scale, zero].
-    static __device__ float scaled(float product, float group_sum, const uint8_t* scales, int output,
-                                   float sum) {
-        const uint32_t both = reinterpret_cast<const uint32_t*>(scales)[output];
-        const float zero = half_to_float(static_cast<uint16_t>(both >> 16));
-        return fmaf(half_to_float(static_cast<uint16_t>(both)), fmaf(-zero, group_sum, product), sum);
-    }
 };
 
 // int8 and int4: a group goes in m16n8k32 steps of integers, two columns are a row's planes. With t = lane %

@@ -75,6 +75,23 @@ __device__ __forceinline__ void load_transposed(uint32_t (&d)[2], const void* sh
                  : "memory");
 }
 
+// Four 8 x 8 matrices of 16-bit elements: lane i gives the address (16-byte aligned) of row i % 8 of matrix i
+// / 8; lane 4g + t receives of each the elements of row g in columns 2t (low) and 2t + 1.
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(shared_address(shared))
+                 : "memory");
+}
+
+// An 8 x 8 matrix of 16-bit elements transposed: lane 4g + t gives those of row g in columns 2t (low) and 2t
+// + 1 and receives those of column g in rows 2t and 2t + 1.
+__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
+    return d;
+}
+
 // Two floats rounded to bf16, to nearest even; `low` lands in the low half.
 __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
     uint32_t d;
@@ -301,6 +318,18 @@ __device__ __forceinline__ uint32_t load_relaxed_32(const uint32_t* p) {
 
 __device__ __forceinline__ void store_relaxed_32(uint32_t* p, uint32_t v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// Adds to a word. What this thread did before, and what it has seen others do, is done for whoever reads the
+// sum by load_acquire_32.
+__device__ __forceinline__ void add_release_32(uint32_t* p, uint32_t addend) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(addend) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire_32(const uint32_t* p) {
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
 }
 
 // ---- memory of the host ----

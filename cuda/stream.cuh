@@ -7,18 +7,7 @@
 #pragma once
 
 #include "items.cuh"
-
-enum Stage {
-    STAGE_QKV,
-    STAGE_ATTENTION,
-    STAGE_O,
-    STAGE_GATE_UP,
-    STAGE_DOWN,
-    STAGE_LM_HEAD,
-    NUM_STAGES,
-    STAGE_HOST = NUM_STAGES,  // what the host sends or gets: the token, the candidates
-    STAGE_MERGE
-};
+#include "patience.cuh"
 
 // Matrix, at run time.
 struct MatrixShape {
@@ -64,7 +53,8 @@ __device__ __forceinline__ int count_own_tiles(int tiles) {
 class Cursor {
   public:
     __device__ void start(const PassArgs& args, int warp) {
-        warp_ = warp, layer_ = 0, stage_ = STAGE_QKV;
+        warp_ = warp, layer_ = first_layer(args);
+        stage_ = layer_ == NUM_LAYERS ? STAGE_LM_HEAD : STAGE_QKV;
         if (!enter_stage(args)) cross(args);
     }
 

@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from . import __version__, gpu
+from . import __version__, gpu, launch
 from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, parse_config, read_json
 from .cpu import CPUDecoder, held_bytes
@@ -217,7 +217,7 @@ def _gpu_read_peak(ordinal: int) -> float:
         cubin = cached_cubin({"BULK_COPIES": str(int(bulk))}, arch, "read_peak.cu")
         module = cupy.RawModule(path=str(cubin))
         kernel = module.get_function("ffmini_read")
-        shared = int(gpu.read_global(cupy, module, "ffmini_read_shared_bytes", np.dtype("<u4")))
+        shared = int(launch.read_global(cupy, module, "ffmini_read_shared_bytes", np.dtype("<u4")))
         kernel.max_dynamic_shared_size_bytes = shared
         memory, never = cupy.zeros(chunks * PEAK_CHUNK, cupy.uint8), cupy.zeros(16, cupy.uint8)
         times = []

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from types import ModuleType, TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +20,13 @@ from .config import ModelConfig
 from .errors import NON_FINITE_LOGITS, DeviceError, GenerationError, MemoryBudgetError
 from .kernel import (
     AWAITED,
-    BUILD_INFO,
-    KERNEL_NAME,
+    CHUNK_ROWS,
     MAIL_LEAVE,
     MAX_BLOCKS,
     MAX_ROWS,
+    MODEL_ARGS,
+    PANEL_ROWS,
     PASS_ARGS,
-    cached_cubin,
     copies_in_flight,
     has_bulk_copies,
     kernel_defines,
@@ -35,7 +34,8 @@ from .kernel import (
     mail,
     max_rows,
 )
-from .layout import KEY_ROTATION, VALUE_ROTATION, in_order
+from .launch import ChunkBuild, OnDevice, PassBuild, import_cupy, pinned_array, why_unusable
+from .layout import KEY_ROTATION, VALUE_ROTATION, ceil_div, in_order
 from .memory import available_memory
 from .packing import PackedModel, vectors_length
 from .passes import Work, check_cache, check_pass, check_slot, check_works
@@ -46,46 +46,16 @@ STAGE_NAMES = (
     *("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj", "norm_lm_head"),
     *("token or candidates", "merge"),
 )
-PACKET_BYTES = 16
 MEMORY_CLOCK_RATE, GLOBAL_MEMORY_BUS_WIDTH = 36, 37  # CUDA's numbers of device attributes
 SPIN_SECONDS = 10.0
 AWAITED_TOKEN = np.array([AWAITED])
 NO_IDS = np.zeros(0, np.int32)
+CHUNK_LEAST = 2  # passes of rows that are no slower than a chunk of them
 TOKEN_SECONDS = 0.02  # a pass that was launched ahead waits so long for its token; its blocks can wait longer
 ROW_NUMBERS = np.arange(MAX_ROWS, dtype=np.int32)
 NOT_READY = 600  # cudaErrorNotReady
 LOOK_SECONDS = 0.003  # between looks at CUDA's own state while results are awaited
 POLLS = 50  # of results between looks at the pass's status
-
-
-def import_cupy() -> ModuleType:
-    """CuPy, or a DeviceError that says how to install it."""
-    try:
-        import cupy
-    except ImportError as error:
-        raise DeviceError(
-            f"CuPy is not usable ({error}): pip install 'ffmini[cuda13]' (or 'ffmini[cuda12]')"
-        ) from error
-    return cupy
-
-
-def why_unusable(ordinal: int = 0) -> str | None:
-    """One line that says why GPU `ordinal` can't run the kernel; None if it can."""
-    try:
-        cupy = import_cupy()
-        count = cupy.cuda.runtime.getDeviceCount()
-    except DeviceError as error:
-        return str(error)
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"no usable CUDA driver or device ({error})"
-    if ordinal >= count:
-        return f"GPU {ordinal} asked for, found {count} GPU(s)"
-    properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
-    if properties["major"] < 8:
-        return f"compute capability 8.0 or newer needed, found {properties['major']}.{properties['minor']}"
-    if not properties["cooperativeLaunch"]:
-        return "the device does not do cooperative launches"
-    return None
 
 
 def free_memory(ordinal: int = 0) -> int:
@@ -115,73 +85,6 @@ def kv_cache_bytes(config: ModelConfig, positions: int) -> int:
     return 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * positions
 
 
-class _Build:
-    """The kernel compiled for one number of rows, with the packets that its passes exchange."""
-
-    def __init__(
-        self, cupy: ModuleType, defines: dict[str, str], arch: str, blocks: int, multiprocessors: int
-    ) -> None:
-        module = cupy.RawModule(path=str(cached_cubin(defines, arch)), enable_cooperative_groups=True)
-        self.kernel = module.get_function(KERNEL_NAME)
-        self.function: int = self.kernel.kernel.ptr  # the driver's
-        info = read_global(cupy, module, "ffmini_build_info", BUILD_INFO)
-        self.rows = int(defines["ROWS"])
-        self.blocks = blocks
-        self.threads = int(info["threads"])
-        self.shared_bytes = int(info["shared_bytes"])
-        self.ring_slots = int(info["ring_slots"])
-        self.marks = int(info["marks"])
-        packets = int(info["exchange_packets"]) + blocks * int(info["block_packets"])
-        self.exchange_bytes = packets * PACKET_BYTES
-        if int(info["args_bytes"]) != PASS_ARGS.itemsize:
-            raise DeviceError(
-                f"PassArgs: the host has {PASS_ARGS.itemsize} bytes, the kernel {info['args_bytes']}"
-            )
-        self.kernel.max_dynamic_shared_size_bytes = self.shared_bytes
-        resident = multiprocessors * cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
-            self.kernel.kernel.ptr, self.threads, self.shared_bytes
-        )
-        if blocks > resident:
-            raise DeviceError(
-                f"{blocks} blocks of {self.threads} threads and {self.shared_bytes} bytes of shared memory "
-                f"must be resident together, found room for {resident}"
-            )
-        if blocks > MAX_BLOCKS:
-            raise DeviceError(f"a grid of at most {MAX_BLOCKS} blocks expected, found {blocks}")
-        self.exchange = None
-
-    def allocate(self, cupy: ModuleType) -> None:
-        self.exchange = cupy.zeros(self.exchange_bytes, dtype=cupy.uint8)
-
-
-class _OnDevice:
-    """While it is entered a GPU is the current one; what CUDA complains about becomes a DeviceError.
-
-    Most often the GPU is the current one already, which the driver tells by its context, much faster than the
-    runtime makes it so. The context says too whether the thread has begun to use the GPU.
-    """
-
-    def __init__(self, cupy: ModuleType, ordinal: int, context: int) -> None:
-        self._cuda, self._ordinal, self._context = cupy.cuda, ordinal, context
-        self._previous: int | None = None
-
-    def __enter__(self) -> None:
-        if self._cuda.driver.ctxGetCurrent() != self._context:
-            self._previous = self._cuda.runtime.getDevice()
-            self._cuda.runtime.setDevice(self._ordinal)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        cuda = self._cuda
-        if self._previous is not None:
-            cuda.runtime.setDevice(self._previous)
-        if isinstance(error, (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError)):
-            raise DeviceError(
-                f"cuda:{self._ordinal}: a pass failed ({error}); load the model again"
-            ) from error
-
-
 @dataclass
 class _Listing:
     """A pass whose rows leave candidates; if it waits for its token, the one row of `work`."""
@@ -208,6 +111,7 @@ class _Begun:
     last: Sequence[Work]  # what the last pass does for them
     asked: list[_Asked]
     ahead: bool
+    residual: int  # where the last pass finds its rows after the last layer; 0: it runs the layers itself
     listing: _Listing | None = None  # the last pass
 
 
@@ -223,28 +127,6 @@ class _List:
         if query is not self.query:
             self.ids, self.query = check_query(query, vocab_size), query
         return self.ids
-
-
-def read_global(cupy: ModuleType, module: object, name: str, dtype: np.dtype) -> np.ndarray:
-    """The value of type `dtype` that the loaded `module` calls `name`."""
-    value = np.zeros((), dtype=dtype)
-    pointer = module.get_global(name)  # type: ignore[attr-defined]
-    cupy.cuda.runtime.memcpy(
-        value.ctypes.data, pointer.ptr, dtype.itemsize, cupy.cuda.runtime.memcpyDeviceToHost
-    )
-    return value
-
-
-def pinned_array(cupy: ModuleType, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
-    """Memory of the host that the device may use at the same address, as CUDA maps all pinned memory.
-
-    It is freed with the last array that lies there.
-    """
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = cupy.cuda.PinnedMemoryPointer(
-        cupy.cuda.PinnedMemory(nbytes, cupy.cuda.runtime.hostAllocMapped), 0
-    )
-    return np.frombuffer(memory, np.uint8, nbytes).view(dtype).reshape(shape)
 
 
 class GPUDecoder:
@@ -263,6 +145,7 @@ class GPUDecoder:
         num_slots: int = 1,
         blocks: int | None = None,
         rows: tuple[int, ...] | None = None,
+        chunks: bool = True,
         bulk_copies: bool | None = None,
         in_flight: int | None = None,
         test_pauses: bool = False,
@@ -271,9 +154,9 @@ class GPUDecoder:
     ) -> None:
         """`num_slots` sequences of up to `max_seq_len` tokens have their KV cache side by side.
 
-        `blocks` (default: one per multiprocessor), `rows` (default: 1 and as many as fit), `bulk_copies`
-        (default: if the device has them), `in_flight` (default: copies_in_flight) and the rest are for tests
-        and measurements."""
+        `blocks` (default: one per multiprocessor), `rows` (default: 1 and as many as fit), `chunks`
+        (whether prompts go through in chunks of many rows), `bulk_copies` (default: if the device has them),
+        `in_flight` (default: copies_in_flight) and the rest are for tests and measurements."""
         reason = why_unusable(ordinal)
         if reason is not None:
             raise DeviceError(reason)
@@ -300,31 +183,28 @@ class GPUDecoder:
         if bulk_copies is None:
             bulk_copies = has_bulk_copies(arch)
         bandwidth = memory_bandwidth(ordinal)
+        most = max_rows(packed.config, packed.layouts, max_seq_len, shared_limit, blocks)
+        builds = [
+            kernel_defines(
+                packed.config,
+                packed.layouts,
+                rows=r,
+                max_seq_len=max_seq_len,
+                shared_limit=shared_limit,
+                blocks=blocks,
+                bulk_copies=bulk_copies,
+                in_flight=in_flight or copies_in_flight(bandwidth, blocks, packed.layouts),
+                test_pauses=test_pauses,
+                stage_times=stage_times,
+            )
+            for r in rows or sorted({1, most})
+        ]
+        launch = arch, blocks, multiprocessors
         with cupy.cuda.Device(ordinal), cupy.cuda.using_allocator(self._pool.malloc):
             cupy.cuda.runtime.setDevice(ordinal)  # a thread that has not used any GPU yet has no context
             self._context: int = cupy.cuda.driver.ctxGetCurrent()
-            self._builds = {
-                r: _Build(
-                    cupy,
-                    kernel_defines(
-                        packed.config,
-                        packed.layouts,
-                        rows=r,
-                        max_seq_len=max_seq_len,
-                        shared_limit=shared_limit,
-                        blocks=blocks,
-                        bulk_copies=bulk_copies,
-                        in_flight=in_flight or copies_in_flight(bandwidth, blocks, packed.layouts),
-                        test_pauses=test_pauses,
-                        stage_times=stage_times,
-                    ),
-                    arch,
-                    blocks,
-                    multiprocessors,
-                )
-                for r in rows
-                or sorted({1, max_rows(packed.config, packed.layouts, max_seq_len, shared_limit, blocks)})
-            }
+            self._builds = {int(d["ROWS"]): PassBuild(cupy, d, *launch) for d in builds}
+            self._chunk = ChunkBuild(cupy, builds[0], *launch) if chunks else None
             self.max_rows = max(self._builds)
             self._check_memory(packed)
             self._upload(packed, progress)
@@ -332,7 +212,7 @@ class GPUDecoder:
     def _check_memory(self, packed: PackedModel) -> None:
         weights = packed.nbytes
         cache = kv_cache_bytes(self.config, self.num_slots * self.max_seq_len)
-        scratch = sum(build.exchange_bytes for build in self._builds.values())
+        scratch = sum(build.scratch_bytes for build in self._all_builds())
         scratch += 4 * self.config.vocab_size * self.max_rows
         free = free_memory(self._ordinal)
         if weights + cache + scratch > free:
@@ -375,9 +255,15 @@ class GPUDecoder:
         self.ring_slots = build.ring_slots  # of the build for the fewest rows
         shape = (config.num_layers + 1, build.marks, build.blocks if self._stage_times else 0)
         self.stage_times = cupy.zeros(shape, dtype=cupy.uint64)
-        for build in self._builds.values():
+        for build in self._all_builds():
             build.allocate(cupy)
         self._set_args(self._make_args())
+        if self._chunk is not None:
+            for name, _ in MODEL_ARGS:
+                self._chunk.args[name] = self._args[name]
+
+    def _all_builds(self) -> list[PassBuild | ChunkBuild]:
+        return [*self._builds.values(), *([] if self._chunk is None else [self._chunk])]
 
     def _make_args(self) -> np.ndarray:
         args = np.zeros((), dtype=PASS_ARGS)
@@ -424,17 +310,62 @@ class GPUDecoder:
         self._check_open()
         check_pass(tokens, start, logits, self.max_seq_len, self.config.vocab_size)
         check_slot(slot, self.num_slots)
-        pieces = [np.zeros((0, self.config.vocab_size), dtype=np.float32)]
-        at = 0
-        while at < len(tokens):
-            piece = tokens[at : at + self.max_rows]
-            wanted = (1 << len(piece)) - 1 if logits == "all" else 0
-            if logits == "last" and at + len(piece) == len(tokens):
-                wanted = 1 << (len(piece) - 1)
-            self.launch(self._rows_for(len(piece)), piece, start + at, wanted, slot)
-            pieces.append(self.finish(wanted))
-            at += len(piece)
-        return np.concatenate(pieces)
+        work, pieces = Work(slot, tokens, start, ()), []
+        if self._takes_chunks(len(tokens)):
+            for part in self._chunks(work):
+                self._run_chunk(part)
+                count = len(part.tokens)
+                ends = part.start + count == start + len(tokens)
+                first = 0 if logits == "all" else count - (logits == "last" and ends)
+                for at in range(first, count, self.max_rows):
+                    rest = self._tail(part, at, min(at + self.max_rows, count))
+                    pieces.append(self._finish_rows(rest, self._chunk.residual(at)))
+                self.finish()
+        else:
+            for at in range(0, len(tokens), self.max_rows):
+                piece = self._tail(work, at, min(at + self.max_rows, len(tokens)))
+                count = len(piece.tokens)
+                wanted = (1 << count) - 1 if logits == "all" else 0
+                if logits == "last" and at + count == len(tokens):
+                    wanted = 1 << (count - 1)
+                self.launch(self._rows_for(count), piece.tokens, piece.start, wanted, slot)
+                pieces.append(self.finish(wanted))
+        return np.concatenate([np.zeros((0, self.config.vocab_size), np.float32), *pieces])
+
+    def _finish_rows(self, work: Work, residual: int) -> np.ndarray:
+        """The logits of all rows of `work`, whose last layers' results are at `residual`."""
+        count = len(work.tokens)
+        self.settle()
+        self._listed = 0
+        self._args["candidates"] = 0
+        self._launch(self._next_pass(), self._rows_for(count), (work,), (1 << count) - 1, residual)
+        return self.finish((1 << count) - 1)
+
+    @staticmethod
+    def _tail(work: Work, first: int, end: int) -> Work:
+        """Rows first .. end - 1 of `work`, without its queries."""
+        return Work(work.slot, work.tokens[first:end], work.start + first, ())
+
+    def _takes_chunks(self, count: int) -> bool:
+        """Whether so many rows of one sequence are faster in chunks than in passes."""
+        return self._chunk is not None and count > CHUNK_LEAST * self.max_rows
+
+    def _chunks(self, work: Work) -> Iterator[Work]:
+        """The rows of `work` in chunks of about the same number of whole panels."""
+        count = len(work.tokens)
+        panels, most = ceil_div(count, PANEL_ROWS), CHUNK_ROWS // PANEL_ROWS
+        chunks = ceil_div(panels, most)
+        ends = [PANEL_ROWS * (panels * (i + 1) // chunks) for i in range(chunks)]
+        for first, end in zip([0, *ends], ends, strict=False):
+            yield self._tail(work, first, min(end, count))
+
+    def _run_chunk(self, work: Work) -> None:
+        """Queue one chunk, without waiting for it."""
+        self.settle()
+        self._listed = 0
+        number = self._next_pass()
+        with self._on_device():
+            self._chunk.run(self._cupy, number, work.slot, work.start, work.tokens)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -455,7 +386,7 @@ class GPUDecoder:
         self._args["candidates"] = 0
         self._launch(self._next_pass(), rows, works, wanted)
 
-    def _launch(self, number: int, rows: int, works: Sequence[Work], wanted: int) -> None:
+    def _launch(self, number: int, rows: int, works: Sequence[Work], wanted: int, residual: int = 0) -> None:
         build, fields, at = self._builds[rows], self._fields, 0
         for work in works:
             count = len(work.tokens)
@@ -468,23 +399,16 @@ class GPUDecoder:
         fields["exchange"][...] = build.exchange.data.ptr
         fields["num_rows"][...] = at
         fields["logits_rows"][...] = wanted
+        fields["residual"][...] = residual
         self._submit(build)
 
-    def _submit(self, build: _Build) -> None:
-        """Launch a pass with the arguments as they are now. By the driver: CuPy's own way takes longer."""
-        cuda = self._cupy.cuda
+    def _submit(self, build: PassBuild) -> None:
+        """Launch a pass with the arguments as they are now."""
         with self._on_device():
-            cuda.driver.launchCooperativeKernel(
-                build.function,
-                *(build.blocks, 1, 1),
-                *(build.threads, 1, 1),
-                build.shared_bytes,
-                cuda.get_current_stream().ptr,
-                self._kernel_params.ctypes.data,
-            )
+            build.launch(self._cupy, self._kernel_params)
 
-    def _on_device(self) -> _OnDevice:
-        return _OnDevice(self._cupy, self._ordinal, self._context)
+    def _on_device(self) -> OnDevice:
+        return OnDevice(self._cupy, self._ordinal, self._context)
 
     def _next_pass(self) -> int:
         """A number whose tags no packet carries."""
@@ -524,8 +448,10 @@ class GPUDecoder:
         self._check_open()
         limits = self.num_slots, self.max_rows, self.max_seq_len, self.config.vocab_size
         rows, queried = check_works(works, ahead, *limits)
-        last = works
-        if rows > self.max_rows or queried == 0:
+        last, residual = works, 0
+        if len(works) == 1 and queried and self._takes_chunks(rows):
+            last, residual = self._run_long(works[0])
+        elif rows > self.max_rows or queried == 0:
             before, last = self._split(works, queried)
             self._run_unqueried(before)
         if self._checked < self._pass - (self._waiting is not None):
@@ -533,12 +459,22 @@ class GPUDecoder:
         self._listed = 0
         try:
             self._reserve_passes(4)  # a pass and one ahead of it, both perhaps twice
-            self._begun = begun = _Begun(works, last, self._queue_queries(last), ahead)
+            self._begun = begun = _Begun(works, last, self._queue_queries(last), ahead, residual)
             if last:
                 self._start(begun)
         except BaseException:
             self._abandon()
             raise
+
+    def _run_long(self, work: Work) -> tuple[list[Work], int]:
+        """All rows of `work` in chunks; what is left for the last pass, and where it finds its rows."""
+        for part in self._chunks(work):
+            self._run_chunk(part)
+        first = len(work.tokens) - len(work.queries)
+        rest = self._tail(work, first, len(work.tokens))
+        return [rest._replace(queries=work.queries)], self._chunk.residual(
+            len(part.tokens) - len(work.queries)
+        )
 
     def _split(self, works: Sequence[Work], queried: int) -> tuple[list[Work], list[Work]]:
         """What of `works` goes in passes before the last one, and what in that, which has the `queried` rows.
@@ -561,8 +497,15 @@ class GPUDecoder:
         return before, last
 
     def _run_unqueried(self, works: Sequence[Work]) -> None:
-        """All rows of `works`, in passes of as many as the largest build takes."""
-        for part in self._packed(works):
+        """All rows of `works`: those of long ones in chunks, others as many at a time as a pass takes."""
+        short = []
+        for work in works:
+            if not self._takes_chunks(len(work.tokens)):
+                short.append(work)
+                continue
+            for part in self._chunks(work):
+                self._run_chunk(part)
+        for part in self._packed(short):
             self.launch_works(self._rows_for(sum(len(work.tokens) for work in part)), part, 0)
         self.finish()
 
@@ -622,7 +565,7 @@ class GPUDecoder:
 
     def _start(self, begun: _Begun) -> None:
         """Give the last rows to the pass that waits for them, or launch one; and the next one ahead."""
-        begun.listing = self._deliver(begun) or self._list(begun.last, begun.asked)
+        begun.listing = self._deliver(begun) or self._list(begun.last, begun.asked, begun.residual)
         if begun.ahead:
             (work,), (asked,) = begun.last, begun.asked
             end = work.start + len(work.tokens)
@@ -672,7 +615,7 @@ class GPUDecoder:
         self._waiting = None
         return waiting
 
-    def _list(self, works: Sequence[Work], asked: Sequence[_Asked]) -> _Listing:
+    def _list(self, works: Sequence[Work], asked: Sequence[_Asked], residual: int = 0) -> _Listing:
         """Launch a pass whose rows leave the candidates that are asked for."""
         fields, wanted, append = self._fields, 0, 0
         listing = _Listing(self._next_pass(), works[0], asked[0].inverse_temperature)
@@ -684,7 +627,7 @@ class GPUDecoder:
         fields["candidates"][...] = self._host.results.ctypes.data
         fields["append"][...] = append
         count = sum(len(work.tokens) for work in works)
-        self._launch(listing.number, self._rows_for(count), works, wanted)
+        self._launch(listing.number, self._rows_for(count), works, wanted, residual)
         with self._on_device():
             self._ends[listing.number % 2].record()
         return listing
@@ -841,4 +784,5 @@ class GPUDecoder:
         self._args = self._fields = self._row_tokens = self._row_positions = self._row_slots = None
         self._host = self._fetched = None
         self._builds.clear()
+        self._chunk = None
         self._pool.free_all_blocks()

@@ -26,7 +26,9 @@ from .resources import resource_dir
 
 MAX_ROWS = 8
 WARPS = 16
-KERNEL_NAME = "ffmini_pass"
+KERNEL_NAME, CHUNK_KERNEL_NAME = "ffmini_pass", "ffmini_chunk"
+CHUNK_ROWS = 512  # of a chunk, at most
+PANEL_ROWS = 128  # a chunk takes whole multiples of it the time
 COPY_SECONDS = 1e-6  # about what a bulk copy takes while the memory is busy (H100, H200)
 VECTOR_NAMES = (
     "input_layernorm",
@@ -46,40 +48,56 @@ LISTED = 8  # candidates of a block
 MOST_LISTED = 256  # of the grid
 MAX_BLOCKS = 192  # of a grid
 
-# The device's struct Row, Status, PassArgs and BuildInfo (cuda/config.cuh, cuda/exchange.cuh).
+# The device's structs of the same names (cuda/config.cuh, cuda/exchange.cuh, cuda/chunk.cu).
 ROW = np.dtype([("token", "<i4"), ("position", "<i4"), ("slot", "<i4")])
 STATUS = np.dtype(
     [(name, "<u4") for name in ("stage", "block", "unused", "gave_up", "non_finite", "no_token")]
 )
+MODEL_ARGS = [
+    ("layers", "<u8"),
+    ("lm_head", "<u8"),
+    ("embed_tokens", "<u8"),
+    ("vectors", "<u8"),
+    ("norm", "<u8"),
+    ("rope_cos", "<u8"),
+    ("rope_sin", "<u8"),
+    ("key_cache", "<u8"),
+    ("value_cache", "<u8"),
+    ("status", "<u8"),
+    ("gave_up", "<u8"),
+    ("spin_limit_ns", "<u8"),
+    ("pass", "<u4"),
+    ("num_slots", "<i4"),
+]
 PASS_ARGS = np.dtype(
     [
-        ("layers", "<u8"),
-        ("lm_head", "<u8"),
-        ("embed_tokens", "<u8"),
-        ("vectors", "<u8"),
-        ("norm", "<u8"),
-        ("rope_cos", "<u8"),
-        ("rope_sin", "<u8"),
-        ("key_cache", "<u8"),
-        ("value_cache", "<u8"),
+        *MODEL_ARGS,
         ("exchange", "<u8"),
         ("logits", "<u8"),
+        ("residual", "<u8"),
         ("queried_ids", "<u8"),
         ("candidates", "<u8"),
         ("mailbox", "<u8"),
-        ("status", "<u8"),
-        ("gave_up", "<u8"),
         ("stage_times", "<u8"),
-        ("spin_limit_ns", "<u8"),
         ("token_limit_ns", "<u8"),
-        ("pass", "<u4"),
-        ("num_slots", "<i4"),
         ("num_rows", "<i4"),
         ("logits_rows", "<u4"),
         ("append", "<u4"),
         ("num_queried", "<i4", (MAX_ROWS,)),
         ("inverse_temperature", "<f4", (MAX_ROWS,)),
         ("rows", ROW, (MAX_ROWS,)),
+    ],
+    align=True,
+)
+CHUNK_ARGS = np.dtype(
+    [
+        *MODEL_ARGS,
+        ("scratch", "<u8"),
+        ("arrived", "<u8"),
+        ("slot", "<i4"),
+        ("start", "<i4"),
+        ("num_rows", "<i4"),
+        ("tokens", "<i4", (CHUNK_ROWS,)),
     ],
     align=True,
 )
@@ -92,6 +110,17 @@ BUILD_INFO = np.dtype(
         ("ring_slots", "<u4"),
         ("args_bytes", "<u4"),
         ("marks", "<u4"),
+    ],
+    align=True,
+)
+CHUNK_INFO = np.dtype(
+    [
+        ("scratch_bytes", "<u8"),
+        ("shared_bytes", "<u4"),
+        ("threads", "<u4"),
+        ("ring_slots", "<u4"),
+        ("args_bytes", "<u4"),
+        ("residual_size", "<u4"),
     ],
     align=True,
 )
@@ -219,6 +248,7 @@ def kernel_defines(
         "COPIES_IN_FLIGHT": in_flight,
         "TEST_PAUSES": int(test_pauses),
         "STAGE_TIMES": int(stage_times),
+        "CHUNK_ROWS": CHUNK_ROWS,
     }
     for name in VECTOR_NAMES:
         values[f"{name.upper()}_OFFSET"] = offsets[name][0] if name in offsets else 0
@@ -315,7 +345,7 @@ def cached_cubin(defines: dict[str, str], arch: str, source: str = "ffmini.cu") 
     directory, name = cache_dir(), f"{Path(source).stem}-{arch}-{digest.hexdigest()}.cubin"
     if (directory / name).is_file():
         return directory / name
-    rows = f", {defines['ROWS']} row(s)" if "ROWS" in defines else ""
+    rows = f", {defines['ROWS']} row(s)" if source == "ffmini.cu" else ""
     print(f"ffmini: compiling cuda/{source} for {arch}{rows} ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     cubin, _ = compile_cubin(defines, arch, source)

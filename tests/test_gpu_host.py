@@ -19,6 +19,7 @@ from ffmini import gpu
 from ffmini.candidates import MAX_QUERIED, Candidates, Query
 from ffmini.errors import DeviceError, GenerationError
 from ffmini.kernel import AWAITED, MAIL_APPEND, MAIL_LEAVE, MAX_ROWS, PASS_ARGS
+from ffmini.launch import PassBuild
 from ffmini.passes import Work
 from ffmini.results import HostMemory
 
@@ -120,7 +121,7 @@ class HostSide(gpu.GPUDecoder):
         packets = SimpleNamespace(fill=lambda value: None)
         packets.data = SimpleNamespace(ptr=0)
         self._builds: Any = {rows: SimpleNamespace(exchange=packets) for rows in (1, 4)}
-        self.max_rows = 4
+        self.max_rows, self._chunk = 4, None
         self._pass = self._checked = self._listed = 0
         self._gave_up: Any = np.zeros(1, np.uint32)
         self._waiting, self._closed = None, False
@@ -493,13 +494,9 @@ def decoder_on(cuda: Cuda) -> gpu.GPUDecoder:
     """A decoder of GPU 1 that can do no more than launch."""
     decoder = gpu.GPUDecoder.__new__(gpu.GPUDecoder)
     decoder._cupy, decoder._ordinal, decoder._context = SimpleNamespace(cuda=cuda), 1, 101
-    build = SimpleNamespace(
-        function=7,
-        blocks=5,
-        threads=640,
-        shared_bytes=99,
-        exchange=SimpleNamespace(data=SimpleNamespace(ptr=8)),
-    )
+    build: Any = PassBuild.__new__(PassBuild)
+    build._function, build.blocks, build.threads, build.shared_bytes = 7, 5, 640, 99
+    build.exchange = SimpleNamespace(data=SimpleNamespace(ptr=8))
     decoder._builds = {4: build}
     decoder._set_args(np.zeros((), PASS_ARGS))
     return decoder

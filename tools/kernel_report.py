@@ -1,6 +1,6 @@
-"""What a build of the kernel takes, per architecture, shape, format and rows; needs no GPU.
+"""What a build of a kernel takes, per architecture, shape, format and kind; needs no GPU.
 
-Registers, bytes of spills, bytes of shared memory, slots in each warp's ring, seconds to compile.
+Registers, bytes of spills, bytes of shared memory, places in each ring, seconds to compile.
 
 python tools/kernel_report.py
 """
@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ffmini.config import ModelConfig, parse_config
-from ffmini.kernel import BUILD_INFO, compile_cubin, has_bulk_copies, kernel_defines, max_rows
+from ffmini.kernel import BUILD_INFO, CHUNK_INFO, compile_cubin, has_bulk_copies, kernel_defines, max_rows
 from ffmini.packing import make_layouts
 from ffmini.shapes import SHAPES
 
+KINDS = ("one", "many", "chunk")  # passes of one row and of as many as fit, chunks of prompts
 # Bytes of shared memory that a block may use, and multiprocessors of a typical card.
 MAX_SEQ_LEN = 4096
 DEVICES = {
@@ -41,15 +42,15 @@ class Report:
     spill_bytes: int  # stores and loads
     seconds: float
     shared_bytes: int
-    ring_slots: int  # of each warp
+    ring_slots: int  # of each warp's ring, or the block's
     threads: int  # of a block
 
 
-def report(arch: str, config: ModelConfig, dtype: str, many_rows: bool) -> Report:
-    """Compile for one row, or for as many as fit, and read the log."""
+def report(arch: str, config: ModelConfig, dtype: str, kind: str) -> Report:
+    """Compile one of KINDS and read the log."""
     limit, blocks = DEVICES[arch]
     layouts = make_layouts(config, dtype)
-    rows = max_rows(config, layouts, MAX_SEQ_LEN, limit, blocks) if many_rows else 1
+    rows = max_rows(config, layouts, MAX_SEQ_LEN, limit, blocks) if kind == "many" else 1
     defines = kernel_defines(
         config,
         layouts,
@@ -61,15 +62,18 @@ def report(arch: str, config: ModelConfig, dtype: str, many_rows: bool) -> Repor
         in_flight=1,
     )
     start = time.perf_counter()
-    cubin, log = compile_cubin(defines, arch)
+    cubin, log = compile_cubin(defines, arch, "chunk.cu" if kind == "chunk" else "ffmini.cu")
     seconds = time.perf_counter() - start
-    info = read_build_info(cubin)
+    info = read_build_info(cubin, kind)
     own = (int(info[name]) for name in ("shared_bytes", "ring_slots", "threads"))
     return Report(read_registers(log), read_spills(log), seconds, *own)
 
 
-def read_build_info(cubin: bytes) -> np.ndarray:
-    """The BUILD_INFO that lies in the constants of a cubin, a 64-bit ELF file."""
+def read_build_info(cubin: bytes, kind: str) -> np.ndarray:
+    """The BUILD_INFO or CHUNK_INFO that lies in the constants of a cubin, a 64-bit ELF file."""
+    symbol, dtype = (b"ffmini_build_info", BUILD_INFO)
+    if kind == "chunk":
+        symbol, dtype = (b"ffmini_chunk_info", CHUNK_INFO)
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     size, count = struct.unpack_from("<HH", cubin, 0x3A)
     sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(count)]
@@ -79,9 +83,9 @@ def read_build_info(cubin: bytes) -> np.ndarray:
         for at in range(offset, offset + nbytes, 24):
             name, _, _, section, value, _ = struct.unpack_from("<IBBHQQ", cubin, at)
             start = sections[link][4] + name
-            if cubin[start : cubin.index(b"\0", start)] == b"ffmini_build_info":
-                return np.frombuffer(cubin, BUILD_INFO, 1, sections[section][4] + value)[0]
-    raise ValueError("expected the symbol ffmini_build_info in the cubin, found none")
+            if cubin[start : cubin.index(b"\0", start)] == symbol:
+                return np.frombuffer(cubin, dtype, 1, sections[section][4] + value)[0]
+    raise ValueError(f"expected the symbol {symbol.decode()} in the cubin, found none")
 
 
 def read_registers(log: str) -> int:
@@ -97,16 +101,16 @@ def read_spills(log: str) -> int:
 
 def main() -> None:
     print(
-        f"{'arch':8} {'shape':14} {'dtype':6} {'rows':5} {'registers':>9} {'spills':>7} {'shared':>8} "
+        f"{'arch':8} {'shape':14} {'dtype':6} {'kind':5} {'registers':>9} {'spills':>7} {'shared':>8} "
         f"{'ring':>5} {'seconds':>8}"
     )
     for arch in DEVICES:
         for name, raw in SHAPES.items():
             for dtype in ("bf16", "int8", "int4"):
-                for many in (False, True):
-                    found = report(arch, parse_config(raw, name), dtype, many)
+                for kind in KINDS:
+                    found = report(arch, parse_config(raw, name), dtype, kind)
                     print(
-                        f"{arch:8} {name:14} {dtype:6} {'many' if many else 'one':5} {found.registers:9} "
+                        f"{arch:8} {name:14} {dtype:6} {kind:5} {found.registers:9} "
                         f"{found.spill_bytes:7} {found.shared_bytes:8} {found.ring_slots:5} "
                         f"{found.seconds:8.1f}",
                         flush=True,

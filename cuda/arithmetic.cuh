@@ -1,0 +1,150 @@
+// What the kernels compute with besides their matrix products: functions of values, which know nothing of
+// blocks, packets or shared memory. Every kernel that does a step of the model calls the same one, so that a
+// token's bits do not depend on which kernel ran it.
+#pragma once
+
+#include "config.cuh"
+
+#define MASKED __int_as_float(0xff800000)  // minus infinity
+
+// The sum over the warp, the same bits in every lane.
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
+    return x;
+}
+
+__device__ __forceinline__ const float* layer_vectors(const ModelArgs& args, int layer) {
+    return args.vectors + static_cast<uint64_t>(layer) * VECTORS_SIZE;
+}
+
+__device__ __forceinline__ float silu(float x) {
+    return divide_approx(x, 1.0f + exp2_approx(-LOG2_E * x));
+}
+
+// One element of a token's embedding.
+__device__ __forceinline__ float embedding(const ModelArgs& args, int token, int k) {
+    if (!TIE_WORD_EMBEDDINGS) {
+        const uint32_t bits = args.embed_tokens[static_cast<uint64_t>(token) * HIDDEN_SIZE + k];
+        return __uint_as_float(bits << 16);
+    }
+    // Tied: the same storage as the lm_head; layout.py says where element (r, k) of a tile lies.
+    const int r = token % TILE_ROWS, step = k % 8 / 4, half = k % 4 / 2;
+    const int lane = r % 8 * 4 + k % 32 / 8, in_slot = k % LmHead::SLOT_K, slot = k / LmHead::SLOT_K;
+    const uint8_t* bytes = args.lm_head + static_cast<uint64_t>(token / TILE_ROWS) * LmHead::TILE_BYTES +
+                           static_cast<uint64_t>(slot) * LmHead::SLOT_BYTES;
+    if (LM_HEAD_BITS == 16) {
+        const int at =
+            (in_slot / 32 * 2 + step) * LINE_BYTES + lane * 16 + (2 * half + r / 8) * 4 + k % 2 * 2;
+        return __uint_as_float(static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(bytes + at)) << 16);
+    }
+    const int at = in_slot / 32 * LINE_BYTES + lane * 16 + (2 * step + r / 8) * 4 + k % 4;
+    const int slot_k = slot + 1 == LmHead::SLOTS ? LmHead::TAIL_K : LmHead::SLOT_K;
+    const uint8_t* scales = bytes + slot_k / 32 * LINE_BYTES;
+    const int group = in_slot / LM_HEAD_GROUP_SIZE;
+    const float scale = half_to_float(reinterpret_cast<const uint16_t*>(scales)[group * TILE_ROWS + r]);
+    return scale * static_cast<float>(static_cast<signed char>(bytes[at]));
+}
+
+// One over the root mean square of a row's residual stream from its tiles' sums of squares, in every lane of
+// the warp: each lane every 32nd tile, then the lanes in a fixed tree.
+__device__ __forceinline__ float inverse_rms(const float* tile_squares) {
+    const int lane = threadIdx.x % 32;
+    float squares = 0.0f;
+#pragma unroll
+    for (int tile = 0; tile < HIDDEN_TILES; tile += 32) {
+        if (tile + lane < HIDDEN_TILES) squares += tile_squares[tile + lane];
+    }
+    return rsqrt_approx(warp_sum(squares) * (1.0f / HIDDEN_SIZE) + RMS_NORM_EPS);
+}
+
+// ---- heads ----
+
+// Of a position's rotation, [HEAD_DIM / 2] each.
+struct Angles {
+    const float* cosines;
+    const float* sines;
+};
+
+// One warp norms (if the model does), rotates and rounds one head's vector into target[place(d)].
+template <class Place>
+__device__ __forceinline__ void norm_and_rotate(const float* vector, const float* weight,
+                                                const Angles& angles, uint16_t* target, Place place) {
+    const int lane = threadIdx.x % 32;
+    float scale = 1.0f;
+    if (QK_NORM) {
+        float squares = 0.0f;
+        for (int d = lane; d < HEAD_DIM; d += 32) squares = fmaf(vector[d], vector[d], squares);
+        scale = rsqrt_approx(warp_sum(squares) * (1.0f / HEAD_DIM) + RMS_NORM_EPS);
+    }
+    for (int d = lane; d < HEAD_DIM / 2; d += 32) {
+        float low = vector[d], high = vector[d + HEAD_DIM / 2];
+        if (QK_NORM) {
+            low = low * scale * weight[d];
+            high = high * scale * weight[d + HEAD_DIM / 2];
+        }
+        const float c = angles.cosines[d], s = angles.sines[d];
+        const uint32_t pair = pack_bf16x2(fmaf(low, c, -(high * s)), fmaf(high, c, low * s));
+        target[place(d)] = static_cast<uint16_t>(pair);
+        target[place(d + HEAD_DIM / 2)] = static_cast<uint16_t>(pair >> 16);
+    }
+}
+
+// ---- activations of a quantised model ----
+// Each segment of 256 k of a row becomes integers that share one power of two, so that the products with the
+// weights' codes are exact. 16 bits hold all that bf16 has of every element within 2^-7 of the segment's
+// largest. They go in two planes of bytes, q = 256 high + low. ffmini/numerics.py has the same arithmetic
+// (align).
+
+constexpr uint32_t ALIGNED_EXPONENT = 127 + 14;  // biased: where the largest element's goes, so |q| < 2^15
+constexpr uint32_t LEAST_EXPONENT = 27;  // of a largest element: below, powers of two would leave their range
+constexpr uint32_t INFINITE_BF16 = 0x7f80;
+constexpr uint32_t NAN_BITS = 0x7fffffff;  // what a segment with an element that is not finite is worth
+constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: a sum with it has the nearest integer in its low bits
+constexpr uint32_t ROUNDER_BITS = 0x4b400000;
+
+// The largest magnitude among eight bf16, as its bits.
+__device__ __forceinline__ uint32_t largest_bits(const uint4& pairs) {
+    const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+    uint32_t largest = 0;  // in the upper 15 bits; what is below decides nothing
+    for (int i = 0; i < 4; ++i) largest = max_of(largest, max_of(words[i] << 1, words[i] << 17));
+    return largest >> 17;
+}
+
+// The exponent that a segment's largest element, given by its bits, has when it is rounded up.
+__device__ __forceinline__ uint32_t exponent_of(uint32_t largest) {
+    return max_of((largest + 1) >> 7, LEAST_EXPONENT);
+}
+
+// What one is worth in a segment with that largest element.
+__device__ __forceinline__ float worth_of(uint32_t largest) {
+    const uint32_t bits = (exponent_of(largest) + 127 - ALIGNED_EXPONENT) << 23;
+    return __uint_as_float(largest < INFINITE_BF16 ? bits : NAN_BITS);
+}
+
+// Byte B of each of four words.
+template <int B>
+__device__ __forceinline__ uint32_t gather_bytes(const uint32_t* words) {
+    constexpr uint32_t PAIR = B | (4 + B) << 4;
+    return __byte_perm(__byte_perm(words[0], words[1], PAIR), __byte_perm(words[2], words[3], PAIR), 0x5410);
+}
+
+// Eight elements, `pairs` of bf16, of a segment whose largest one is `largest`.
+struct AlignedEight {
+    uint2 high, low;  // a byte of each
+    uint32_t sum;     // of the integers
+
+    __device__ AlignedEight(const uint4& pairs, uint32_t largest) : sum(-8 * ROUNDER_BITS) {
+        const float factor = __uint_as_float((127 + ALIGNED_EXPONENT - exponent_of(largest)) << 23);
+        const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+        uint32_t lows[8], highs[8];
+        for (int k = 0; k < 8; ++k) {
+            const uint32_t bits = k % 2 == 0 ? words[k / 2] << 16 : words[k / 2] & 0xffff0000;
+            lows[k] = __float_as_uint(fmaf(__uint_as_float(bits), factor, ROUNDER));
+            highs[k] =
+                __float_as_uint(fmaf(__uint_as_float(bits), factor, ROUNDER + 128));  // not on the busy unit
+            sum += lows[k];
+        }
+        high = make_uint2(gather_bytes<1>(highs), gather_bytes<1>(highs + 4));
+        low = make_uint2(gather_bytes<0>(lows), gather_bytes<0>(lows + 4));
+    }
+};
