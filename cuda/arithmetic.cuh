@@ -65,29 +65,71 @@ struct Angles {
     const float* sines;
 };
 
-// One warp norms (if the model does), rotates and rounds one head's vector into target[place(d)].
-template <class Place>
-__device__ __forceinline__ void norm_and_rotate(const float* vector, const float* weight,
-                                                const Angles& angles, uint16_t* target, Place place) {
-    const int lane = threadIdx.x % 32;
-    float scale = 1.0f;
-    if (QK_NORM) {
-        float squares = 0.0f;
-        for (int d = lane; d < HEAD_DIM; d += 32) squares = fmaf(vector[d], vector[d], squares);
-        scale = rsqrt_approx(warp_sum(squares) * (1.0f / HEAD_DIM) + RMS_NORM_EPS);
-    }
-    for (int d = lane; d < HEAD_DIM / 2; d += 32) {
-        float low = vector[d], high = vector[d + HEAD_DIM / 2];
-        if (QK_NORM) {
-            low = low * scale * weight[d];
-            high = high * scale * weight[d + HEAD_DIM / 2];
+// One head's vector before its norm and rotation, shared out among a warp's lanes.
+class HeadVector {
+  public:
+    __device__ void load(const float* vector) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            const int d = threadIdx.x % 32 + 32 * i;
+            if (d < HEAD_DIM / 2) low_[i] = vector[d], high_[i] = vector[d + HEAD_DIM / 2];
         }
-        const float c = angles.cosines[d], s = angles.sines[d];
-        const uint32_t pair = pack_bf16x2(fmaf(low, c, -(high * s)), fmaf(high, c, low * s));
+#pragma unroll
+        for (int i = 0; i < NORMED; ++i) {
+            const int d = threadIdx.x % 32 + 32 * i;
+            normed_[i] = d < HEAD_DIM ? vector[d] : 0.0f;
+        }
+    }
+
+    // Norms (if the model does), rotates and rounds it into target[place(d)].
+    template <class Place>
+    __device__ void norm_and_rotate(const float* weight, const Angles& angles, uint16_t* target,
+                                    Place place) const {
+        const float scale = QK_NORM ? norm_scale() : 1.0f;
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            const int d = threadIdx.x % 32 + 32 * i;
+            if (d >= HEAD_DIM / 2) continue;
+            float low = low_[i], high = high_[i];
+            if (QK_NORM) {
+                low = low * scale * weight[d];
+                high = high * scale * weight[d + HEAD_DIM / 2];
+            }
+            const float c = angles.cosines[d], s = angles.sines[d];
+            store(fmaf(low, c, -(high * s)), fmaf(high, c, low * s), d, target, place);
+        }
+    }
+
+    // Only rounds it.
+    template <class Place>
+    __device__ void round(uint16_t* target, Place place) const {
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            const int d = threadIdx.x % 32 + 32 * i;
+            if (d < HEAD_DIM / 2) store(low_[i], high_[i], d, target, place);
+        }
+    }
+
+  private:
+    static constexpr int PAIRS = ceil_div(HEAD_DIM / 2, 32), NORMED = QK_NORM ? ceil_div(HEAD_DIM, 32) : 1;
+
+    // One over the root mean square: each lane adds every 32nd element, then the lanes add in a fixed tree.
+    __device__ float norm_scale() const {
+        float squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < NORMED; ++i) squares = fmaf(normed_[i], normed_[i], squares);
+        return rsqrt_approx(warp_sum(squares) * (1.0f / HEAD_DIM) + RMS_NORM_EPS);
+    }
+    template <class Place>
+    static __device__ void store(float low, float high, int d, uint16_t* target, Place place) {
+        const uint32_t pair = pack_bf16x2(low, high);
         target[place(d)] = static_cast<uint16_t>(pair);
         target[place(d + HEAD_DIM / 2)] = static_cast<uint16_t>(pair >> 16);
     }
-}
+
+    float low_[PAIRS], high_[PAIRS];
+    float normed_[NORMED];  // every 32nd element, if there is a norm
+};
 
 // ---- activations of a quantised model ----
 // Each segment of 256 k of a row becomes integers that share one power of two, so that the products with the
@@ -133,7 +175,7 @@ struct AlignedEight {
     uint2 high, low;  // a byte of each
     uint32_t sum;     // of the integers
 
-    __device__ AlignedEight(const uint4& pairs, uint32_t largest) : sum(-8 * ROUNDER_BITS) {
+    __device__ AlignedEight(const uint4& pairs, uint32_t largest) : sum(0u - 8 * ROUNDER_BITS) {
         const float factor = __uint_as_float((127 + ALIGNED_EXPONENT - exponent_of(largest)) << 23);
         const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
         uint32_t lows[8], highs[8];

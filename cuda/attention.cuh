@@ -66,14 +66,16 @@ __device__ __forceinline__ bool load_item(Block& block, const Item& item, int la
     mark(block, layer, MARK_ATTENTION_IN);
     for (int v = block.warp(); v < item.heads() + item.end - item.fresh; v += WARPS) {
         const int i = v - item.heads();
+        HeadVector vector;
+        vector.load(i < 0 ? s.query + v * HEAD_DIM : s.key + i * HEAD_DIM);
         if (i < 0) {
-            norm_and_rotate(s.query + v * HEAD_DIM, s.norm, angles_of(block, item.row),
-                            s.query_bf16 + v * QUERY_STRIDE, [](int d) { return d; });
+            vector.norm_and_rotate(s.norm, angles_of(block, item.row), s.query_bf16 + v * QUERY_STRIDE,
+                                   [](int d) { return d; });
             continue;
         }
-        norm_and_rotate(s.key + i * HEAD_DIM, s.norm + HEAD_DIM, angles_of(block, item.fresh_row + i),
-                        s.key_bf16 + i * HEAD_DIM,
-                        [&](int d) { return rotated(d, item.fresh + i, KEY_ROTATION); });
+        vector.norm_and_rotate(s.norm + HEAD_DIM, angles_of(block, item.fresh_row + i),
+                               s.key_bf16 + i * HEAD_DIM,
+                               [&](int d) { return rotated(d, item.fresh + i, KEY_ROTATION); });
         for (int d = block.lane(); d < HEAD_DIM; d += 32) {
             s.value_bf16[i * HEAD_DIM + rotated(d, item.fresh + i, VALUE_ROTATION)] =
                 static_cast<uint16_t>(pack_bf16x2(s.value[i * HEAD_DIM + d], 0.0f));

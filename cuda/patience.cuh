@@ -44,3 +44,12 @@ class Patience {
     uint32_t polls_ = 0;
     int where_;
 };
+
+constexpr uint32_t MOST_POLLS = 1u << 26;
+
+// A copy always lands, and what was copied is always read: a phase that does not within so many polls, each
+// of which may sleep, is a fault.
+__device__ __forceinline__ void await_copy(uint64_t* barrier, uint32_t parity) {
+    for (uint32_t polls = 0; !mbarrier_try_wait(barrier, parity); trap_if(++polls == MOST_POLLS)) {
+    }
+}

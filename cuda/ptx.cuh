@@ -174,6 +174,15 @@ __device__ __forceinline__ bool all_have(float value) {
     return all != 0;
 }
 
+// Two groups of 128 threads take turns: the first's wait_turn(0) meets the second's pass_turn(0), which does
+// not wait; the second's wait_turn(1) the first's pass_turn(1).
+__device__ __forceinline__ void wait_turn(int group) {
+    asm volatile("barrier.sync.aligned %0, 256;" ::"r"(3 + group) : "memory");
+}
+__device__ __forceinline__ void pass_turn(int group) {
+    asm volatile("barrier.arrive.aligned %0, 256;" ::"r"(3 + group) : "memory");
+}
+
 // ---- bulk copies and the barriers in shared memory that count them (sm_90 and newer) ----
 // A barrier is 8 bytes, in a phase of parity 0 at first. A phase ends when `count` arrivals were made and all
 // announced bytes have landed; the next one begins.
@@ -197,6 +206,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                  "r"(bytes)
                  : "memory");
+}
+
+// One arrival once all copies that this thread has started by copy_async_16 have landed.
+__device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // Whether the phase of this parity has ended (the current one has the other parity).
@@ -237,6 +251,95 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint
         : "memory");
 }
 
+// The same, without a hint for the L2.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes,
+                                          uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// Copies and wgmma see what this thread, and those that it has met, did to memory before.
+__device__ __forceinline__ void fence_async_proxy() {
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// ---- products of a group of four warps (sm_90 alone) ----
+
+// The warps of a group, which begin with a multiple of four, have COUNT registers each from here on: fewer
+// than before, or more, once others have given them up.
+template <int COUNT>
+__device__ __forceinline__ void give_up_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// The warps begin with a multiple of four and do all of this together. Warp w of the group has rows 16 w ..
+// 16 w + 15 of a 64-row A in its registers, as mma_16x8x16 has them, and the same rows of d: d[j] is what
+// that has of columns 8 j .. 8 j + 7. Columns lie in shared memory; see operand_descriptor.
+
+// Columns of 16 bytes, at `shared` those of the first half of a step's k, `half_bytes` further on those of
+// the second; eight columns stand together, the next eight are `octet_bytes` further on.
+__device__ __forceinline__ uint64_t operand_descriptor(const void* shared, int half_bytes, int octet_bytes) {
+    return (shared_address(shared) >> 4 & 0x3fff) | static_cast<uint64_t>(half_bytes >> 4) << 16 |
+           static_cast<uint64_t>(octet_bytes >> 4) << 32;
+}
+
+// Before the first product after registers of a or d were written.
+__device__ __forceinline__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Closes the group of products started since the last one.
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most PENDING groups, the youngest, are under way; a and d of the others may be used again.
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// clang-format off
+#define FOUR(C, j) C(d[j][0]), C(d[j][1]), C(d[j][2]), C(d[j][3])
+#define SIXTEEN(C, j) FOUR(C, j), FOUR(C, j + 1), FOUR(C, j + 2), FOUR(C, j + 3)
+#define WGMMA_64X128(SHAPE, CONSTRAINT, SCALES)                                                         \
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %69, 0; wgmma.mma_async.sync.aligned." SHAPE           \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "             \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "     \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "     \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "    \
+                 "{%64, %65, %66, %67}, %68, p" SCALES "; }"                                            \
+                 : SIXTEEN(CONSTRAINT, 0), SIXTEEN(CONSTRAINT, 4), SIXTEEN(CONSTRAINT, 8),              \
+                   SIXTEEN(CONSTRAINT, 12)                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(columns),                            \
+                   "r"(static_cast<uint32_t>(add)))
+// clang-format on
+
+// Starts d = a * columns, or with `add` d += that, for a 64 x 16 by 16 x 128 step of bf16, accumulated in
+// fp32.
+__device__ __forceinline__ void wgmma_64x128x16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t columns,
+                                                bool add) {
+    WGMMA_64X128("m64n128k16.f32.bf16.bf16", "+f", ", 1, 1, 0");
+}
+
+// The same for a 64 x 32 by 32 x 128 step of integers: a of 8 bits, signed or not, columns signed, d of 32.
+__device__ __forceinline__ void wgmma_64x128x32_signed(int (&d)[16][4], const uint32_t (&a)[4],
+                                                       uint64_t columns, bool add) {
+    WGMMA_64X128("m64n128k32.s32.s8.s8", "+r", "");
+}
+
+__device__ __forceinline__ void wgmma_64x128x32_unsigned(int (&d)[16][4], const uint32_t (&a)[4],
+                                                         uint64_t columns, bool add) {
+    WGMMA_64X128("m64n128k32.s32.u8.s8", "+r", "");
+}
+
 // ---- meeting of a part of the block ----
 
 // The first COUNT threads of the block, whole warps, wait for each other.
@@ -245,12 +348,12 @@ __device__ __forceinline__ void sync_threads() {
     asm volatile("barrier.sync.aligned 1, %0;" ::"n"(COUNT) : "memory");
 }
 
-// The same; whether any of them brought true.
+// The same at a meeting of another kind; whether any of them brought true.
 template <int COUNT>
 __device__ __forceinline__ bool sync_threads_or(bool value) {
     uint32_t any;
     asm volatile(
-        "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.red.aligned.or.pred q, 1, %2, p; selp.u32 %0, 1, "
+        "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.red.aligned.or.pred q, 2, %2, p; selp.u32 %0, 1, "
         "0, q; }"
         : "=r"(any)
         : "r"(static_cast<uint32_t>(value)), "n"(COUNT)

@@ -259,14 +259,6 @@ struct BulkState {
     }
 };
 
-constexpr uint32_t MOST_POLLS = 1u << 26;
-
-// A copy always lands: one that does not within so many polls, each of which may sleep, is a fault.
-__device__ __forceinline__ void await_copy(uint64_t* full, uint32_t parity) {
-    for (uint32_t polls = 0; !mbarrier_try_wait(full, parity); trap_if(++polls == MOST_POLLS)) {
-    }
-}
-
 // A warp's end of the ring that fill_rings() fills for it.
 template <int SLOTS>
 class BulkRing {

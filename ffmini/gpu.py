@@ -29,6 +29,7 @@ from .kernel import (
     PASS_ARGS,
     copies_in_flight,
     has_bulk_copies,
+    has_wgmma,
     kernel_defines,
     layer_bytes,
     mail,
@@ -147,6 +148,7 @@ class GPUDecoder:
         rows: tuple[int, ...] | None = None,
         chunks: bool = True,
         bulk_copies: bool | None = None,
+        wgmma: bool | None = None,
         in_flight: int | None = None,
         test_pauses: bool = False,
         stage_times: bool = False,
@@ -155,8 +157,8 @@ class GPUDecoder:
         """`num_slots` sequences of up to `max_seq_len` tokens have their KV cache side by side.
 
         `blocks` (default: one per multiprocessor), `rows` (default: 1 and as many as fit), `chunks`
-        (whether prompts go through in chunks of many rows), `bulk_copies` (default: if the device has them),
-        `in_flight` (default: copies_in_flight) and the rest are for tests and measurements."""
+        (whether prompts go through in chunks of many rows), `bulk_copies` and `wgmma` (default: if the device has
+        them), `in_flight` (default: copies_in_flight) and the rest are for tests and measurements."""
         reason = why_unusable(ordinal)
         if reason is not None:
             raise DeviceError(reason)
@@ -180,6 +182,8 @@ class GPUDecoder:
         blocks = blocks or grid_size(multiprocessors)
         shared_limit = properties["sharedMemPerBlockOptin"]
         arch = f"sm_{properties['major']}{properties['minor']}"
+        if wgmma is None:
+            wgmma = has_wgmma(arch)
         if bulk_copies is None:
             bulk_copies = has_bulk_copies(arch)
         bandwidth = memory_bandwidth(ordinal)
@@ -204,7 +208,7 @@ class GPUDecoder:
             cupy.cuda.runtime.setDevice(ordinal)  # a thread that has not used any GPU yet has no context
             self._context: int = cupy.cuda.driver.ctxGetCurrent()
             self._builds = {int(d["ROWS"]): PassBuild(cupy, d, *launch) for d in builds}
-            self._chunk = ChunkBuild(cupy, builds[0], *launch) if chunks else None
+            self._chunk = ChunkBuild(cupy, builds[0] | {"WGMMA": str(int(wgmma))}, *launch) if chunks else None
             self.max_rows = max(self._builds)
             self._check_memory(packed)
             self._upload(packed, progress)

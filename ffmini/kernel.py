@@ -93,6 +93,7 @@ CHUNK_ARGS = np.dtype(
     [
         *MODEL_ARGS,
         ("scratch", "<u8"),
+        ("stage_times", "<u8"),
         ("arrived", "<u8"),
         ("slot", "<i4"),
         ("start", "<i4"),
@@ -121,6 +122,7 @@ CHUNK_INFO = np.dtype(
         ("ring_slots", "<u4"),
         ("args_bytes", "<u4"),
         ("residual_size", "<u4"),
+        ("meetings", "<u4"),
     ],
     align=True,
 )
@@ -200,6 +202,7 @@ def kernel_defines(
     blocks: int,
     bulk_copies: bool,
     in_flight: int,
+    wgmma: bool = False,
     test_pauses: bool = False,
     stage_times: bool = False,
 ) -> dict[str, str]:
@@ -249,6 +252,7 @@ def kernel_defines(
         "TEST_PAUSES": int(test_pauses),
         "STAGE_TIMES": int(stage_times),
         "CHUNK_ROWS": CHUNK_ROWS,
+        "WGMMA": int(wgmma),
     }
     for name in VECTOR_NAMES:
         values[f"{name.upper()}_OFFSET"] = offsets[name][0] if name in offsets else 0
@@ -263,6 +267,11 @@ def mail(number: int, token: int, append: bool = False) -> int:
 def has_bulk_copies(arch: str) -> bool:
     """Whether an architecture such as "sm_90" has bulk copies and barriers that count them."""
     return int(arch.removeprefix("sm_")) >= 90
+
+
+def has_wgmma(arch: str) -> bool:
+    """Whether an architecture multiplies by groups of four warps (wgmma), which sm_90 alone does."""
+    return arch == "sm_90"
 
 
 def copies_in_flight(bandwidth: float, blocks: int, layouts: dict[str, MatrixLayout]) -> int:
@@ -322,7 +331,7 @@ def compile_cubin(
 def compile_options(defines: dict[str, str], arch: str) -> tuple[str, ...]:
     """NVRTC's options; the arithmetic ones are part of the canonical order: no contraction, flush to zero."""
     fixed = (
-        f"-arch={arch}",
+        f"-arch={arch}{'a' if defines.get('WGMMA') == '1' else ''}",
         "-std=c++17",
         "-default-device",
         "-fmad=false",

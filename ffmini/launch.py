@@ -180,6 +180,7 @@ class ChunkBuild(_Kernel):
         info = read_global(cupy, self.module, "ffmini_chunk_info", CHUNK_INFO)
         self.scratch_bytes = int(info["scratch_bytes"])
         self._row_bytes = 4 * int(info["residual_size"])
+        self._meetings = int(info["meetings"]) if defines["STAGE_TIMES"] == "1" else 0
         self.args = np.zeros((), CHUNK_ARGS)
         self._params = np.array([self.args.ctypes.data], np.uint64)
         self.fit(cupy, info, CHUNK_ARGS, multiprocessors)
@@ -187,7 +188,9 @@ class ChunkBuild(_Kernel):
     def allocate(self, cupy: ModuleType) -> None:
         self._scratch = cupy.zeros(self.scratch_bytes, dtype=cupy.uint8)
         self._arrived = cupy.zeros(1, dtype=cupy.uint32)
+        self.stage_times = cupy.zeros((self._meetings, self.blocks), dtype=cupy.uint64)
         self.args["scratch"], self.args["arrived"] = self._scratch.data.ptr, self._arrived.data.ptr
+        self.args["stage_times"] = self.stage_times.data.ptr
 
     def residual(self, row: int) -> int:
         """The address of what the last launch leaves of `row` after the last layer."""
