@@ -208,7 +208,9 @@ class GPUDecoder:
             cupy.cuda.runtime.setDevice(ordinal)  # a thread that has not used any GPU yet has no context
             self._context: int = cupy.cuda.driver.ctxGetCurrent()
             self._builds = {int(d["ROWS"]): PassBuild(cupy, d, *launch) for d in builds}
-            self._chunk = ChunkBuild(cupy, builds[0] | {"WGMMA": str(int(wgmma))}, *launch) if chunks else None
+            self._chunk = (
+                ChunkBuild(cupy, builds[0] | {"WGMMA": str(int(wgmma))}, *launch) if chunks else None
+            )
             self.max_rows = max(self._builds)
             self._check_memory(packed)
             self._upload(packed, progress)

@@ -466,6 +466,60 @@ def test_a_prompt_beside_a_generation(tmp_path: Path) -> None:
     decoder.close()
 
 
+# Chunks of a prompt against passes: all three formats, heads of all sizes, windows, groups, more than one run of
+# blocks of positions.
+CHUNKED: list[tuple[str, str, int, int, dict[str, Any]]] = [
+    ("llama2", "int8", 128, 600, {}),
+    ("llama_biases", "bf16", 128, 300, {}),
+    ("llama_biases", "int4", 64, 300, {}),
+    ("mistral", "bf16", 128, 900, {"sliding_window": 300}),
+    ("qwen3", "int4", 32, 300, {}),
+    ("qwen2", "int8", 32, 300, {}),
+    ("llama2", "bf16", 128, 300, AWKWARD["head_dim_8"]),
+    ("llama2", "bf16", 128, 300, AWKWARD["head_dim_16_gqa16"]),
+    ("llama2", "int8", 128, 300, AWKWARD["head_dim_64_gqa7"]),
+    ("llama2", "int4", 128, 300, AWKWARD["head_dim_80"]),
+    ("llama2", "bf16", 128, 300, AWKWARD["head_dim_96_gqa12"]),
+    ("llama2", "bf16", 128, 600, AWKWARD["head_dim_256"]),
+    ("mistral", "bf16", 128, 4700, {"max_position_embeddings": 6000, "sliding_window": 4500}),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "group_size", "length", "changes"), CHUNKED)
+def test_chunks_give_the_same_bits(
+    tmp_path: Path, family: str, dtype: str, group_size: int, length: int, changes: dict[str, Any]
+) -> None:
+    """Logits, keys and values of a prompt: in passes, in chunks by mma.sync, by wgmma where there is that."""
+    packed = pack(tmp_path, family, dtype, group_size, **({"max_position_embeddings": 1024} | changes))
+    tokens = tiny_prompt({"vocab_size": packed.config.vocab_size}, length)
+    wanted, cut = ("last" if length > 1000 else "all"), length // 3 + 1
+    expected: list[np.ndarray] = []
+    for options in ({"chunks": False}, {"wgmma": False}, {}):
+        decoder = gpu.GPUDecoder(packed, length, rows=(8,), num_slots=2, progress=False, **options)
+        first = decoder.forward(tokens[:cut], 0, "all" if wanted == "all" else "none", 1)
+        found = [first, decoder.forward(tokens[cut:], cut, wanted, 1), *decoder.read_cache(1, length)]
+        decoder.close()
+        expected = expected or found
+        assert all(map(np.array_equal, found, expected)), options
+
+
+def test_chunks_of_any_size_give_the_same_bits(tmp_path: Path) -> None:
+    """Rows of a prompt in chunks and passes of 1, 3, 16, 128 and 300, and what comes of the last one."""
+    packed = pack(tmp_path, "qwen3", "int4", max_position_embeddings=1024)
+    tokens = tiny_prompt({"vocab_size": packed.config.vocab_size}, 449)
+    decoder = gpu.GPUDecoder(packed, 449, progress=False)
+    expected = decoder.forward(tokens, 0, "all")
+    for sizes in ((448,), (300, 148), (1, 3, 16, 128, 300), (128, 16, 300, 3, 1)):
+        found, at = [], 0
+        for size in sizes:
+            found.append(decoder.forward(tokens[at : at + size], at, "all"))
+            at += size
+        assert np.array_equal(np.concatenate(found), expected[:448])
+    (said,) = say(decoder, [Work(0, tokens, 0, (query([7]),))])
+    assert said[0].queried[0] == expected[-1, 7]
+    decoder.close()
+
+
 def test_the_cache_of_a_slot(tmp_path: Path) -> None:
     """What a slot held goes on in another one; it is near what the CPU path holds."""
     packed = pack(tmp_path, "qwen3", "int8")

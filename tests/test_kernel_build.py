@@ -18,7 +18,7 @@ from tools.kernel_report import DEVICES, KINDS, report
 
 NAMES = [*SHAPES, "bundled"]
 FORMATS = ("bf16", "int8", "int4")
-MAX_REGISTERS = {256: 255, 512: 128, 640: 96}  # of a thread, by the threads that share 65,536
+MAX_REGISTERS = {256: 255, 384: 168, 512: 128, 640: 96}  # of a thread, by the threads that share 65,536
 MAX_SECONDS = 20
 
 

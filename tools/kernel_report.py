@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ffmini.config import ModelConfig, parse_config
-from ffmini.kernel import BUILD_INFO, CHUNK_INFO, compile_cubin, has_bulk_copies, kernel_defines, max_rows
+from ffmini.kernel import (
+    BUILD_INFO,
+    CHUNK_INFO,
+    compile_cubin,
+    has_bulk_copies,
+    has_wgmma,
+    kernel_defines,
+    max_rows,
+)
 from ffmini.packing import make_layouts
 from ffmini.shapes import SHAPES
 
@@ -59,6 +67,7 @@ def report(arch: str, config: ModelConfig, dtype: str, kind: str) -> Report:
         shared_limit=limit,
         blocks=blocks,
         bulk_copies=has_bulk_copies(arch),
+        wgmma=kind == "chunk" and has_wgmma(arch),
         in_flight=1,
     )
     start = time.perf_counter()
