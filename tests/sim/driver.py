@@ -34,7 +34,7 @@ from ffmini.kernel import (
     layer_bytes,
     mail,
 )
-from ffmini.layout import ceil_div
+from ffmini.layout import TILE_ROWS, ceil_div
 from ffmini.packing import LAYER_MATRICES, PackedModel, vectors_length
 from ffmini.passes import Work
 from ffmini.resources import resource_dir
@@ -324,6 +324,17 @@ class SimDecoder:
         """One pass of all works' rows; the logits [len(wanted), vocab_size] of those in `wanted`."""
         self._run(works, wanted)
         return self._logits[wanted].copy()
+
+    def finish_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The logits of all `rows` [R, hidden_size], what other passes left after the last layer."""
+        residual = guarded_array((len(rows), ceil_div(rows.shape[1], TILE_ROWS) * TILE_ROWS), np.float32)
+        residual[:, : rows.shape[1]] = rows
+        self._args["residual"] = residual.ctypes.data
+        try:
+            tokens = np.full(len(rows), self.config.vocab_size)  # of which there is no embedding
+            return self.launch([Work(0, tokens, 0, ())], list(range(len(rows))))
+        finally:
+            self._args["residual"] = 0
 
     def candidates(self, tokens: np.ndarray, start: int, query: Query) -> Candidates:
         """What the last of `tokens`, run from position `start` on, says; see ffmini/candidates.py."""

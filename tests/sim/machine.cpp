@@ -348,8 +348,31 @@ void Machine::store(void* p, const Words& value, uint32_t words) {
     }
 }
 
+void Machine::add(uint32_t* p, uint32_t addend) {
+    yield(false);
+    show_own_stores();
+    const auto found = pending_.find(reinterpret_cast<uintptr_t>(p));
+    const uint32_t newest = found == pending_.end() ? *p : found->second.stores.back().value.word[0];
+    store(p, {{newest + addend}}, 1);
+}
+
 void Machine::show_some_store() {
-    const size_t i = random_.below(static_cast<uint32_t>(sights_.size()));
+    show_sight(random_.below(static_cast<uint32_t>(sights_.size())));
+}
+
+// All blocks see what the running lane's block has stored so far.
+void Machine::show_own_stores() {
+    for (size_t i = 0; i < sights_.size();) {
+        const PendingStores& pending = pending_.at(sights_[i].address);
+        const auto unseen = pending.stores.begin() + pending.seen[sights_[i].block];
+        const bool own = std::any_of(unseen, pending.stores.end(), [this](const PendingStore& store) {
+            return store.lane->block == current_->block;
+        });
+        own ? show_sight(i) : void(++i);  // another takes its place
+    }
+}
+
+void Machine::show_sight(size_t i) {
     const Sight sight = sights_[i];
     sights_[i] = sights_.back();
     sights_.pop_back();

@@ -205,6 +205,8 @@ class Machine {
     bool barrier(int count, bool value, const Site& site);
     Words load(const void* p, uint32_t words, const Site& site);
     void store(void* p, const Words& value, uint32_t words);
+    // Adds to a word, of which every block sees the sum later than what this block stored before.
+    void add(uint32_t* p, uint32_t addend);
     void copy_async(uint8_t* to, const uint8_t* from);
     void copy_commit() { current_->copies.emplace_back(); }
     void copy_wait(size_t pending);
@@ -235,6 +237,8 @@ class Machine {
     bool idle();
     void show_some_store();
     void show(const Sight& sight);
+    void show_sight(size_t i);
+    void show_own_stores();
     void wake(uint64_t line);
     CountingBarrier& counting(const void* barrier, const Site& site);
     void end_phase(CountingBarrier& state, const void* barrier, int block);
