@@ -20,6 +20,7 @@ from comparison import (
     error,
     flat,
     query,
+    same_bits,
     share_cache,
 )
 from packets import packet_counts
@@ -40,12 +41,13 @@ from sim_cases import (
     COVER,
     DEEP,
     GOLDEN_CASES,
+    LARGE_SHARED_LIMIT,
     MAX_SEQ_LEN,
     ROPES,
     Case,
     case_tokens,
     covered_pairs,
-    pack_case,
+    make_packer,
     packed_digest,
     random_cache,
     wanted_pairs,
@@ -61,7 +63,6 @@ from ffmini.passes import Work
 
 BUILDS = {f"{build.family}-{build.dtype}": build for build in COVER}
 SANITIZED = ("llama_biases-int4", "llama_biases-bf16")
-LARGE_SHARED_LIMIT = 163 * 1024  # of sm_80 and sm_87: 8 rows of the wide builds do not fit the smallest GPUs
 SMALL = Case("llama2", "bf16", rows=8)
 SEEDS = range(1, 201)
 MUTATION_SEEDS = (*range(4), 28, 56)  # 28: some copies land late, 56: all of them
@@ -69,17 +70,7 @@ MUTATION_SEEDS = (*range(4), 28, 56)  # 28: some copies land late, 56: all of th
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], PackedModel]:
-    """The packed model of a case, made once."""
-
-    made: dict[str, PackedModel] = {}
-
-    def packed(case: Case) -> PackedModel:
-        key = repr((case.family, case.dtype, case.group_size, case.changes))
-        if key not in made:
-            made[key] = pack_case(tmp_path_factory.mktemp("checkpoint") / "model", case)
-        return made[key]
-
-    return packed
+    return make_packer(lambda: tmp_path_factory.mktemp("checkpoint"))
 
 
 def fill_cache(decoder: SimDecoder, start: int = DEEP) -> None:
@@ -92,10 +83,6 @@ def deep_logits(decoder: SimDecoder, tokens: np.ndarray, chunk: int) -> np.ndarr
     fill_cache(decoder)
     pieces = [decoder.forward(tokens[i : i + chunk], DEEP + i, "all") for i in range(0, len(tokens), chunk)]
     return np.concatenate(pieces)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 # ---- the numbers ---------------------------------------------------------------------------------------

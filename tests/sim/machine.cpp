@@ -46,6 +46,7 @@ void Machine::run(const Options& options, size_t shared_bytes, int threads, void
     bulk_copies_.clear();
     barriers_.clear();
     stores_ = 0;
+    before_lost_ = options.before_lost;
     youngest_seen_.assign(options.blocks, 0);
     std::fill_n(events_, NUM_EVENTS, 0);
     choose_policy(threads / WARP_LANES);
@@ -326,7 +327,10 @@ Words Machine::load(const void* p, uint32_t words, const Site& site) {
 }
 
 void Machine::store(void* p, const Words& value, uint32_t words) {
-    if (p == options_.lost_packet) return;
+    if (p == options_.lost) {
+        if (before_lost_ == 0) return;
+        --before_lost_;
+    }
     *static_cast<volatile uint8_t*>(p);  // a fault is the storing lane's, not that of who shows the store
     idle_rounds_ = 0;
     const size_t offset = static_cast<uint8_t*>(p) - options_.kept;

@@ -33,10 +33,11 @@ struct Site {
     }
 };
 
-// What a run is asked to do.
+// What a run is asked to do; driver.py has the same struct as a NumPy dtype.
 struct Options {
-    uint64_t seed;            // 0: lanes in turn, stores visible at once, copies as late as allowed
-    const void* lost_packet;  // stores to this address never become visible
+    uint64_t seed;         // 0: lanes in turn, stores visible at once, copies as late as allowed
+    const void* lost;      // stores to this address never become visible
+    uint64_t before_lost;  // ... but for the first ones, so many
     uint32_t blocks;
     bool give_up;         // when nothing can go on, time passes until waits give up; else that is an error
     const uint8_t* kept;  // stores to the kept_bytes bytes from here on go to `sent` instead; null: none
@@ -262,6 +263,7 @@ class Machine {
     std::unordered_map<uintptr_t, PendingStores> pending_;
     std::vector<Sight> sights_;            // that are still to come
     uint64_t stores_ = 0;                  // of the run so far
+    uint64_t before_lost_ = 0;             // still to come
     std::vector<uint64_t> youngest_seen_;  // store, by block
     uint64_t events_[NUM_EVENTS] = {};
     std::vector<BulkCopy> bulk_copies_;  // under way
