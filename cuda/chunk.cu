@@ -59,9 +59,11 @@ constexpr uint64_t WORTH_AT =
 constexpr uint64_t GROUP_SUM_AT = after(WORTH_AT, 4ull * CHUNK_SEGMENTS * CHUNK_ROWS);
 constexpr uint64_t SCRATCH_BYTES = after(GROUP_SUM_AT, 4ull * CHUNK_GROUPS * CHUNK_ROWS);
 
-constexpr int CHUNK_SHARED_BYTES =
-    max_of(PANEL_STAGES * STAGE_CAPACITY, PANEL_WARPS* static_cast<int>(sizeof(UnitScratch)));
-static_assert(CHUNK_SHARED_BYTES <= SHARED_LIMIT, "shared memory is too small for a chunk's attention");
+// Warps of a block that attend: as many as have room for what they keep.
+constexpr int UNIT_BYTES = sizeof(UnitScratch);
+constexpr int UNIT_WARPS = min_of(PANEL_WARPS, SHARED_LIMIT / UNIT_BYTES);
+static_assert(UNIT_WARPS >= 1, "shared memory is too small for a chunk's attention");
+constexpr int CHUNK_SHARED_BYTES = max_of(PANEL_STAGES * STAGE_CAPACITY, UNIT_WARPS* UNIT_BYTES);
 
 // ---- a block's view of the chunk ----
 
@@ -102,12 +104,12 @@ struct Chunk {
     }
 };
 
-// Shares `units` out among the grid's warps, neighbours to the warps of a block.
-template <class Body>
+// Shares `units` out among the first COUNT warps of each block, neighbours to the warps of a block.
+template <int COUNT = PANEL_WARPS, class Body>
 __device__ __forceinline__ void for_warps(int units, Body body) {
     const int warp = threadIdx.x / 32;
-    for (int unit = blockIdx.x * PANEL_WARPS + warp; unit < units; unit += gridDim.x * PANEL_WARPS)
-        body(unit);
+    if (warp >= COUNT) return;
+    for (int unit = blockIdx.x * COUNT + warp; unit < units; unit += gridDim.x * COUNT) body(unit);
 }
 
 // Stores elements k and k + 1 of a row of M's input, k even.
@@ -277,7 +279,7 @@ __device__ __forceinline__ void attend(const Chunk& chunk, int layer) {
                                args.num_rows,
                                WINDOWS[layer]};
     UnitScratch& scratch = reinterpret_cast<UnitScratch*>(chunk.shared)[threadIdx.x / 32];
-    for_warps(sequence.units(), [&](int unit) {
+    for_warps<UNIT_WARPS>(sequence.units(), [&](int unit) {
         AttentionUnit(sequence, unit, scratch).run([&](int row, int k, uint32_t pair) {
             store_pair<OProj>(chunk.attention(), row, k, pair);
         });

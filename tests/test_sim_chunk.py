@@ -50,7 +50,6 @@ BUILDS = {
     in {
         ("llama2", "bf16"),  # 7 heads to a KV head, head_dim 64; tied; 200 columns
         ("llama_biases", "bf16"),  # head_dim 8
-        ("qwen2", "bf16"),  # windows, head_dim 256
         ("llama3.1", "int8"),  # groups of 32, head_dim 128
         ("llama_biases", "int4"),  # head_dim 80
         ("qwen3", "int4"),  # norms of q and k, groups of 128
@@ -190,11 +189,28 @@ MANY_SPLITS = Case(
 MANY_POSITIONS, FAR = 4700, 4602  # 19 blocks of positions: more than one run of them
 
 
-def test_many_splits(pack: Pack) -> None:
+# Units of attention that leave room for five warps of a block.
+LARGE_UNITS = Case(
+    "qwen2",
+    rows=4,
+    changes={
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "vocab_size": 64,
+        "sliding_window": 20,
+    },
+)
+
+
+@pytest.mark.parametrize("case", [MANY_SPLITS, LARGE_UNITS], ids=["sixteen queries", "large units"])
+def test_many_splits(pack: Pack, case: Case) -> None:
     """Partial softmaxes are merged in runs; of a window too, which begins in the second block."""
-    both = Both(pack(MANY_SPLITS), MANY_POSITIONS, large=True)
+    both = Both(pack(case), MANY_POSITIONS, large=case is MANY_SPLITS, rows=case.rows)
     both.check(FAR, {(3, 5): [7], (1, 0): [3, 4]})
     both.check(FAR, {(2, 0): [5]}, balanced=True)
+    both.check(0, {(1, 28): [1, 27, 3]})
 
 
 # ---- schedules -----------------------------------------------------------------------------------------
