@@ -25,6 +25,11 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of float32 are the same to the bit."""
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
 def share_cache(oracle: CPUDecoder, key_cache: np.ndarray, value_cache: np.ndarray, start: int) -> None:
     """Give the oracle a kernel's keys and values below position `start`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from ffmini.numerics import to_bf16
 from ffmini.packing import LAYER_MATRICES, PackedModel
 
 MAX_SEQ_LEN = 600
+LARGE_SHARED_LIMIT = 163 * 1024  # of sm_80 and sm_87: 8 rows of the wide builds do not fit the smallest GPUs
 DEEP = 508  # a pass from here on has three blocks of positions, and rows in two of them
 
 
@@ -158,6 +160,19 @@ def pack_case(directory: Path, case: Case) -> PackedModel:
     config = tiny_config(case.family, **case.changes | {"max_position_embeddings": 4096})
     source = write_checkpoint(directory, config)
     return pack_checkpoint(source, case.dtype, case.group_size, progress=False)
+
+
+def make_packer(make_directory: Callable[[], Path]) -> Callable[[Case], PackedModel]:
+    """A function that packs a case, once; the checkpoints go into new directories."""
+    made: dict[str, PackedModel] = {}
+
+    def pack(case: Case) -> PackedModel:
+        key = repr((case.family, case.dtype, case.group_size, case.changes))
+        if key not in made:
+            made[key] = pack_case(make_directory() / "model", case)
+        return made[key]
+
+    return pack
 
 
 def packed_digest(packed: PackedModel) -> str:

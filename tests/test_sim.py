@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,20 +20,34 @@ from comparison import (
     error,
     flat,
     query,
+    same_bits,
     share_cache,
 )
 from packets import packet_counts
 from sim.driver import EVENTS, SHARED_LIMIT, NoTokenError, SimDecoder, SimError, sanitized_environment
+from sim.mutations import (
+    Change,
+    Edit,
+    barrier_change,
+    change,
+    count_barriers,
+    find_barriers,
+    mutable_source,
+    place_after,
+    sources_of,
+    vote_change,
+)
 from sim_cases import (
     COVER,
     DEEP,
     GOLDEN_CASES,
+    LARGE_SHARED_LIMIT,
     MAX_SEQ_LEN,
     ROPES,
     Case,
     case_tokens,
     covered_pairs,
-    pack_case,
+    make_packer,
     packed_digest,
     random_cache,
     wanted_pairs,
@@ -48,11 +60,9 @@ from ffmini.layout import KEY_ROTATION, VALUE_ROTATION, in_order
 from ffmini.numerics import from_bf16
 from ffmini.packing import PackedModel
 from ffmini.passes import Work
-from ffmini.resources import resource_dir
 
 BUILDS = {f"{build.family}-{build.dtype}": build for build in COVER}
 SANITIZED = ("llama_biases-int4", "llama_biases-bf16")
-LARGE_SHARED_LIMIT = 163 * 1024  # of sm_80 and sm_87: 8 rows of the wide builds do not fit the smallest GPUs
 SMALL = Case("llama2", "bf16", rows=8)
 SEEDS = range(1, 201)
 MUTATION_SEEDS = (*range(4), 28, 56)  # 28: some copies land late, 56: all of them
@@ -60,17 +70,7 @@ MUTATION_SEEDS = (*range(4), 28, 56)  # 28: some copies land late, 56: all of th
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], PackedModel]:
-    """The packed model of a case, made once."""
-
-    made: dict[str, PackedModel] = {}
-
-    def packed(case: Case) -> PackedModel:
-        key = repr((case.family, case.dtype, case.group_size, case.changes))
-        if key not in made:
-            made[key] = pack_case(tmp_path_factory.mktemp("checkpoint") / "model", case)
-        return made[key]
-
-    return packed
+    return make_packer(lambda: tmp_path_factory.mktemp("checkpoint"))
 
 
 def fill_cache(decoder: SimDecoder, start: int = DEEP) -> None:
@@ -83,10 +83,6 @@ def deep_logits(decoder: SimDecoder, tokens: np.ndarray, chunk: int) -> np.ndarr
     fill_cache(decoder)
     pieces = [decoder.forward(tokens[i : i + chunk], DEEP + i, "all") for i in range(0, len(tokens), chunk)]
     return np.concatenate(pieces)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 # ---- the numbers ---------------------------------------------------------------------------------------
@@ -198,6 +194,20 @@ def test_logits_as_asked(pack: Callable[[Case], PackedModel]) -> None:
     assert same_bits(decoder.forward(tokens, 0, "last"), every[-1:])
     assert decoder.forward(tokens, 0, "none").shape == (0, packed.config.vocab_size)
     assert same_bits(decoder.launch([Work(0, tokens[:8], 0, ())], [1, 6]), every[[1, 6]])
+
+
+@pytest.mark.parametrize("name", ["qwen3-bf16", "llama2-int8", "llama_biases-int4"])
+def test_rows_that_have_been_through_the_layers(pack: Callable[[Case], PackedModel], name: str) -> None:
+    """A pass that begins with what others left after the last layer is the norm and the lm_head alone."""
+    packed = pack(BUILDS[name].case())
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=BUILDS[name].prompt[0], seed=2)
+    rows = np.random.default_rng(3).standard_normal((decoder.rows, packed.config.hidden_size), np.float32)
+    caches = decoder.key_cache.copy(), decoder.value_cache.copy()
+    logits = decoder.finish_rows(rows)
+    assert error(logits, CPUDecoder(packed, MAX_SEQ_LEN, progress=False).norm_lm_head(rows)) <= BF16_TOLERANCE
+    assert all(map(np.array_equal, caches, (decoder.key_cache, decoder.value_cache)))
+    for decoder.seed, decoder.blocks in ((5, 1), (28, 3), (56, 7)):
+        assert same_bits(decoder.finish_rows(rows[:-1]), logits[: len(rows) - 1])
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -575,20 +585,11 @@ def test_a_lost_hand_over(pack: Callable[[Case], PackedModel], lost: str, layer:
 BULK, COPY = "bulk ring", "copy ring"  # the builds; what both have is switched in the first
 
 
-class Edit(NamedTuple):
-    """An expression of a file of cuda/ and what a careless change would make of it."""
-
-    file: str
-    old: str  # stands there once
-    new: str
-    within: str = ""  # or once in this, which stands there once
-
-
 STREAM = functools.partial(Edit, "stream.cuh")
 EXCHANGE = functools.partial(Edit, "exchange.cuh")
 CANDIDATES = functools.partial(Edit, "candidates.cuh")
 ITEMS = functools.partial(Edit, "items.cuh")
-ACTIVATIONS = functools.partial(Edit, "activations.cuh")
+ARITHMETIC = functools.partial(Edit, "arithmetic.cuh")
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(min_of(begin + i * step, count - 1)))"
 MISSING = "packet[i].w != tag"
@@ -793,14 +794,14 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         [Edit("matvec.cuh", PLANES, f"{PLANES} + (1 << 18)")],
     ),
     # Integers.
-    "high bytes cut, not rounded": (BULK, [ACTIVATIONS("ROUNDER + 128", "ROUNDER + 0")]),
+    "high bytes cut, not rounded": (BULK, [ARITHMETIC("ROUNDER + 128", "ROUNDER + 0")]),
     "one plane twice": (BULK, [Edit("matvec.cuh", PLANES, PLANES.replace("column % 2", "0"))]),
-    "a segment's power of two too large": (BULK, [ACTIVATIONS("(largest_[i] + 1) >> 7", "largest_[i] >> 7")]),
+    "a segment's power of two too large": (BULK, [ARITHMETIC("(largest + 1) >> 7", "largest >> 7")]),
     "another segment's power of two": (
         BULK,
         [Edit("matvec.cuh", "row * MAX_SEGMENTS + segment", "row * MAX_SEGMENTS")],
     ),
-    "segments of a batch in one place": (BULK, [ACTIVATIONS("unit += WARPS", "unit += 0")]),
+    "segments of a batch in one place": (BULK, [Edit("activations.cuh", "unit += WARPS", "unit += 0")]),
 }
 # The same where a wait gives up.
 LEAVING: dict[str, tuple[str, list[Edit]]] = {
@@ -820,32 +821,9 @@ LEAVING: dict[str, tuple[str, list[Edit]]] = {
     ),
 }
 
-# A barrier, alone or with a vote.
-BARRIER = re.compile(
-    r"__sync(?:threads|warp)\(\)|\bsync_threads<THREADS>\(\)|\bsync_threads_or<THREADS>\(([^()]*)\)"
-)
-SOURCES = {path.name: path.read_text() for path in sorted(resource_dir("cuda").glob("*.cu*"))}
-del SOURCES["ptx.cuh"]
-
-
-def barriers() -> dict[str, re.Match[str]]:
-    """Each barrier of the source, by its place: `file:line`."""
-    return {
-        f"{name}:{text.count(chr(10), 0, match.start()) + 1}": match
-        for name, text in SOURCES.items()
-        for match in BARRIER.finditer(text)
-    }
-
-
-def ring_of(place: str) -> str:
-    """The build that has the code of `place`."""
-    at, text = BARRIERS[place].start(), SOURCES["stream.cuh"]
-    copies = range(text.index("class CopyRing"), text.index("struct BulkState"))
-    return COPY if place.startswith("stream.cuh") and at in copies else BULK
-
-
-BARRIERS = barriers()
-VOTES = [place for place, match in BARRIERS.items() if match[1] is not None]
+SOURCES = sources_of("ffmini.cu")
+BARRIERS = find_barriers(SOURCES)
+VOTES = [place for place, match in BARRIERS.items() if match["vote"] is not None]
 # Barriers whose lack no schedule shows: the file, the end of what stands before one, and why.
 UNSEEN = [
     # The greatest of the lanes' values makes them meet too.
@@ -855,56 +833,21 @@ UNSEEN = [
 ]
 
 
-def place_after(name: str, text: str) -> str:
-    before = SOURCES[name].partition(text)[0]
-    return f"{name}:{(before + text).count(chr(10)) + 1}"
+SEEN = [place for place in BARRIERS if place not in {place_after(SOURCES, *barrier) for barrier in UNSEEN}]
 
-
-SEEN = [place for place in BARRIERS if place not in {place_after(*barrier) for barrier in UNSEEN}]
-
-# Every mistake that the builds of mutable_source() can make, as (file, start, end, what to put there).
-Change = tuple[str, int, int, str]
-
-
-def change(edit: Edit) -> Change:
-    text = SOURCES[edit.file]
-    within = edit.within or edit.old
-    assert text.count(within) == within.count(edit.old) == 1, edit
-    start = text.index(within) + within.index(edit.old)
-    return edit.file, start, start + len(edit.old), edit.new
-
-
-def barrier_change(place: str, new: str) -> Change:
-    return place.partition(":")[0], *BARRIERS[place].span(), new
-
-
+# Every mistake that the builds of mutable_source() can make.
 MISTAKES: dict[str, list[Change]] = {
-    **{name: [change(edit) for edit in edits] for name, (_, edits) in (MUTATIONS | LEAVING).items()},
-    **{place: [barrier_change(place, match[1] or "void()")] for place, match in BARRIERS.items()},
-    **{
-        f"vote {place}": [barrier_change(place, f"(sync_threads<THREADS>(), {BARRIERS[place][1]})")]
-        for place in VOTES
-    },
+    **{name: [change(SOURCES, edit) for edit in edits] for name, (_, edits) in (MUTATIONS | LEAVING).items()},
+    **{place: [barrier_change(place, match)] for place, match in BARRIERS.items()},
+    **{f"vote {place}": [vote_change(place, BARRIERS[place])] for place in VOTES},
 }
 
 
-def mutable_source(directory: Path) -> Path:
-    """A copy of cuda/ in which setting sim_mutation to an index into MISTAKES makes that one mistake."""
-    shutil.copytree(resource_dir("cuda"), directory)
-    for name, source in SOURCES.items():
-        switches: dict[tuple[int, int], str] = {}
-        for i, changes in enumerate(MISTAKES.values()):
-            for _, start, end, new in (one for one in changes if one[0] == name):
-                old = switches.get((start, end), source[start:end])
-                switches[start, end] = f"(sim_mutation == {i} ? ({new}) : ({old}))"
-        text, rest = "", 0
-        for (start, end), switch in sorted(switches.items()):
-            assert start >= rest, "two expressions overlap"
-            text, rest = text + source[rest:start] + switch, end
-        (directory / name).write_text(text + source[rest:])
-    config = directory / "config.cuh"
-    config.write_text('extern "C" { inline int sim_mutation = -1; }\n' + config.read_text())
-    return directory
+def ring_of(place: str) -> str:
+    """The build that has the code of `place`."""
+    at, text = BARRIERS[place].start(), SOURCES["stream.cuh"]
+    copies = range(text.index("class CopyRing"), text.index("struct BulkState"))
+    return COPY if place.startswith("stream.cuh") and at in copies else BULK
 
 
 class Mutable:
@@ -1000,7 +943,7 @@ def mutable(
     pack: Callable[[Case], PackedModel], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Mutable]:
     """The mutable build with a ring, made once."""
-    cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda")
+    cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", SOURCES, MISTAKES)
     return functools.cache(lambda ring: Mutable(pack(Mutable.CASE), cuda, ring))
 
 
@@ -1043,8 +986,7 @@ def test_a_bad_leave_is_found(mutable: Callable[[str], Mutable], name: str) -> N
 
 def test_all_barriers_are_mutated() -> None:
     """None is written in a way that the sweep does not see."""
-    code = "\n".join(re.sub("//.*", "", text) for text in SOURCES.values())
-    assert len(re.findall(r"__sync|\bsync_threads", code)) == len(BARRIERS) == len(SEEN) + len(UNSEEN)
+    assert count_barriers(SOURCES) == len(BARRIERS) == len(SEEN) + len(UNSEEN)
 
 
 COVERED = {  # together these run every line; "parts": down_proj's input is held so
@@ -1074,6 +1016,7 @@ def run_all(decoder: SimDecoder, tokens: np.ndarray, gives_up: bool) -> None:
         decoder.seed = seed
         deep_logits(decoder, tokens, decoder.rows)
     decoder.forward(tokens, 0, "none")
+    decoder.finish_rows(np.ones((1, decoder.config.hidden_size), np.float32))
     if decoder.rows > 1:
         decoder.launch([Work(1, tokens[:1], 0, ()), Work(0, tokens[1:2], DEEP, ())], [0])
     decoder.listed(tokens, 0, [3, 7], {0: 1.0}, append=True)
@@ -1115,14 +1058,14 @@ def test_every_line_runs(pack: Callable[[Case], PackedModel]) -> None:
         for file, lines in decoder.coverage().items():
             for line, count in lines.items():
                 counts[file, line] = max(counts.get((file, line), 0), count)
-    assert {file for file, _ in counts} == SOURCES.keys() - {"read_peak.cu"}
+    assert {file for file, _ in counts} == SOURCES.keys()
     # A template that no build uses has no lines to gcov.
     copies = re.compile("^ .*(copy_async|copy_bulk|mbarrier|global_timer_ns)")
     used = [
         (name, i)
         for name, text in SOURCES.items()
         for i, line in enumerate(text.splitlines(), 1)
-        if copies.match(line) and name != "read_peak.cu"
+        if copies.match(line)
     ]
     assert [place for place in used if place not in counts] == []
     assert sorted(place for place, count in counts.items() if count == 0) == []

@@ -29,12 +29,15 @@ from ffmini.errors import GenerationError
 from ffmini.kernel import (
     AWAITED,
     BUILD_INFO,
+    CHUNK_ARGS,
+    CHUNK_INFO,
+    MODEL_ARGS,
     PASS_ARGS,
     kernel_defines,
     layer_bytes,
     mail,
 )
-from ffmini.layout import ceil_div
+from ffmini.layout import TILE_ROWS, ceil_div
 from ffmini.packing import LAYER_MATRICES, PackedModel, vectors_length
 from ffmini.passes import Work
 from ffmini.resources import resource_dir
@@ -61,6 +64,20 @@ EVENTS = (  # enum Event of machine.hpp
     "stores in any order",
 )
 
+
+LAUNCH = np.dtype(  # sim::Options of machine.hpp
+    [
+        ("seed", "<u8"),
+        ("lost", "<u8"),
+        ("before_lost", "<u8"),
+        ("blocks", "<u4"),
+        ("give_up", "?"),
+        ("kept", "<u8"),
+        ("kept_bytes", "<u8"),
+        ("sent", "<u8"),
+    ],
+    align=True,
+)
 
 MAX_BLOCKS = 8  # whose lists there is room for, or as many as at first
 TOKEN_LIMIT_NS = 20 * 10**6
@@ -111,7 +128,10 @@ def find_compiler() -> str:
 
 
 def build(defines: dict[str, str], cuda: Path | None = None, coverage: bool = False) -> Path:
-    """The shared library of one build of `cuda` (default: the project's own), compiled unless it is there."""
+    """The shared library of one build of `cuda` (default: the project's own), compiled unless it is there.
+
+    Of the pass or, with SIM_CHUNK among the defines, of the chunk.
+    """
     own = sorted(path for path in SIM_DIR.iterdir() if path.suffix in (".cpp", ".hpp", ".cuh"))
     device = sorted((cuda or resource_dir("cuda")).glob("*.cu*"))
     flags = [*FLAGS, *(SANITIZERS if is_sanitized() else ()), f"-I{SIM_DIR}"]
@@ -174,13 +194,92 @@ class NoTokenError(Exception):
     """A pass ended for want of its token."""
 
 
-class SimDecoder:
-    """Passes of one model on a simulated grid; the interface of CPUDecoder and GPUDecoder.
+class SimKernel:
+    """One build of a kernel on a simulated grid.
 
-    One build for `rows` rows serves any number of `blocks`. `seed` chooses the schedule of every pass, 0
-    the plain one; it may be changed between passes, as may `blocks` and `lost_packet` (an index into
-    `exchange`; what is stored there never arrives). A wait that cannot end is a SimError unless `give_up` is
-    set, which lets time pass until the kernel itself gives up: a GenerationError.
+    It serves any number of `blocks`. `seed` chooses the schedule of every launch, 0 the plain one. A wait
+    that cannot end is a SimError unless `give_up` is set, which lets time pass until the kernel itself gives
+    up: a GenerationError. All of these may be changed between launches, as may what is to get lost.
+    """
+
+    _arrays: dict[str, np.ndarray]
+
+    def __init__(
+        self, defines: dict[str, str], blocks: int, seed: int, cuda: Path | None, coverage: bool
+    ) -> None:
+        self.defines, self.blocks, self.seed, self.give_up = defines, blocks, seed, False
+        self._path = build(defines, cuda, coverage)
+        self._library = ctypes.CDLL(str(self._path))
+        weakref.finalize(self, self._library.sim_close)
+        self._library.sim_run.restype = ctypes.c_char_p
+        self._library.sim_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        self._library.sim_events.restype = ctypes.POINTER(ctypes.c_uint64)
+
+    def _info(self, name: str, dtype: np.dtype, args: np.dtype) -> np.void:
+        """What the build says of itself; it must agree about the size of its argument."""
+        info = (ctypes.c_char * dtype.itemsize).in_dll(self._library, name)
+        value = np.frombuffer(info, dtype=dtype)[0]
+        assert value["args_bytes"] == args.itemsize
+        return value
+
+    def _launch(self, args: np.ndarray, **options: int) -> None:
+        """One launch; SimError if it does not end well. `options`: those of LAUNCH that are not 0."""
+        launch = np.zeros((), LAUNCH)
+        for name, value in {"seed": self.seed, "blocks": self.blocks, **options}.items():
+            launch[name] = value
+        launch["give_up"] = self.give_up
+        error = self._library.sim_run(args.ctypes.data, launch.ctypes.data)
+        if error is not None:
+            raise SimError(f"seed {self.seed}, {self.blocks} blocks: {self._name_addresses(error.decode())}")
+
+    def set_word(self, name: str, value: int) -> None:
+        """Set the library's own variable `name`, an int."""
+        ctypes.c_int.in_dll(self._library, name).value = value
+
+    def coverage(self) -> dict[str, dict[int, int]]:
+        """File of cuda/ -> line -> how often it ran; once, and of a build that is made with `coverage`."""
+        for old in self._path.parent.glob(f"{self._path.name}*.gcda"):
+            old.unlink()
+        self._library.sim_write_coverage()
+        (data,) = self._path.parent.glob(f"{self._path.name}*.gcda")
+        command = ["gcov", "--json-format", "--stdout", str(data)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=data.parent)
+        counts: dict[str, dict[int, int]] = {}
+        for file in json.loads(result.stdout)["files"]:
+            path = data.parent / file["file"]
+            if path.parent == data.parent and path.name != "ptx.cuh":
+                lines = counts.setdefault(path.name, {})
+                for line in file["lines"]:
+                    number = line["line_number"]
+                    lines[number] = max(lines.get(number, 0), line["count"])
+        return counts
+
+    def _name_addresses(self, text: str) -> str:
+        """`text` with addresses in or near an array replaced by the array's name and an offset in bytes."""
+
+        def name(match: re.Match[str]) -> str:
+            address = int(match[0], 16)
+            for array_name, array in self._arrays.items():
+                offset = address - array.ctypes.data
+                if -mmap.PAGESIZE <= offset < array.nbytes + mmap.PAGESIZE:
+                    return f"{array_name} ({array.nbytes} bytes) + {offset}"
+            return match[0]
+
+        return re.sub(r"0x[0-9a-f]+", name, text)
+
+    def events(self) -> dict[str, int]:
+        """How often the last pass's schedule did each of EVENTS."""
+        return dict(zip(EVENTS, self._library.sim_events()[: len(EVENTS)], strict=True))
+
+    def close(self) -> None:
+        """Free the grid's memory; the next pass takes it again."""
+        self._library.sim_close()
+
+
+class SimDecoder(SimKernel):
+    """Passes of one model of up to `rows` rows; the interface of CPUDecoder and GPUDecoder.
+
+    What is stored at `lost_packet`, an index into `exchange`, never arrives.
     """
 
     def __init__(
@@ -203,11 +302,10 @@ class SimDecoder:
     ) -> None:
         """`part_segments`: of down_proj's input at a time; the rest as kernel_defines says."""
         self.config, self.max_seq_len, self.device = packed.config, max_seq_len, "sim"
-        self.rows, self.num_slots, self.blocks, self.seed = rows, num_slots, blocks, seed
+        self.rows, self.num_slots = rows, num_slots
         self.lost_packet: int | None = None
-        self.give_up = False
         self._sent: np.ndarray | None = None
-        self.defines = kernel_defines(
+        defines = kernel_defines(
             packed.config,
             packed.layouts,
             rows=rows,
@@ -220,24 +318,9 @@ class SimDecoder:
             stage_times=stage_times,
         )
         if part_segments is not None:
-            self.defines["DOWN_PART_SEGMENTS"] = str(part_segments)
-        self._path = build(self.defines, cuda, coverage)
-        self._library = ctypes.CDLL(str(self._path))
-        weakref.finalize(self, self._library.sim_close)
-        self._library.sim_run.restype = ctypes.c_char_p
-        self._library.sim_run.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_uint64,
-            ctypes.c_void_p,
-            ctypes.c_uint32,
-            ctypes.c_bool,
-            ctypes.c_void_p,
-            ctypes.c_uint64,
-        ]
-        self._library.sim_events.restype = ctypes.POINTER(ctypes.c_uint64)
-        info = (ctypes.c_char * BUILD_INFO.itemsize).in_dll(self._library, "ffmini_build_info")
-        self.build_info = np.frombuffer(info, dtype=BUILD_INFO)[0]
-        assert self.build_info["args_bytes"] == PASS_ARGS.itemsize
+            defines["DOWN_PART_SEGMENTS"] = str(part_segments)
+        super().__init__(defines, blocks, seed, cuda, coverage)
+        self.build_info = self._info("ffmini_build_info", BUILD_INFO, PASS_ARGS)
         self._upload(packed)
 
     def _upload(self, packed: PackedModel) -> None:
@@ -301,10 +384,6 @@ class SimDecoder:
         """What the mailbox must hold if the next pass is to find `token` there."""
         return mail(self._pass + 1, token, append)
 
-    def set_word(self, name: str, value: int) -> None:
-        """Set the library's own variable `name`, an int."""
-        ctypes.c_int.in_dll(self._library, name).value = value
-
     def forward(self, tokens: np.ndarray, start: int, logits: str = "last", slot: int = 0) -> np.ndarray:
         """Run tokens [R] at positions start .. start + R - 1 of a slot in passes of up to `rows` rows.
 
@@ -324,6 +403,17 @@ class SimDecoder:
         """One pass of all works' rows; the logits [len(wanted), vocab_size] of those in `wanted`."""
         self._run(works, wanted)
         return self._logits[wanted].copy()
+
+    def finish_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The logits of all `rows` [R, hidden_size], what other passes left after the last layer."""
+        residual = guarded_array((len(rows), ceil_div(rows.shape[1], TILE_ROWS) * TILE_ROWS), np.float32)
+        residual[:, : rows.shape[1]] = rows
+        self._args["residual"] = residual.ctypes.data
+        try:
+            tokens = np.full(len(rows), self.config.vocab_size)  # of which there is no embedding
+            return self.launch([Work(0, tokens, 0, ())], list(range(len(rows))))
+        finally:
+            self._args["residual"] = 0
 
     def candidates(self, tokens: np.ndarray, start: int, query: Query) -> Candidates:
         """What the last of `tokens`, run from position `start` on, says; see ffmini/candidates.py."""
@@ -402,13 +492,17 @@ class SimDecoder:
         rows["position"] = np.concatenate([work.start + np.arange(len(work.tokens)) for work in works])
         rows["slot"] = np.repeat([work.slot for work in works], [len(work.tokens) for work in works])
         self._logits[...] = np.nan
-        lost = None if self.lost_packet is None else self.exchange[self.lost_packet :].ctypes.data
-        sent, count = (None, 0) if self._sent is None else (self._sent.ctypes.data, len(self._sent))
-        error = self._library.sim_run(
-            args.ctypes.data, self.seed, lost, self.blocks, self.give_up, sent, count
-        )
-        if error is not None:
-            raise SimError(f"seed {self.seed}, {self.blocks} blocks: {self._name_addresses(error.decode())}")
+        options = {}
+        if self.lost_packet is not None:
+            options["lost"] = self.exchange[self.lost_packet :].ctypes.data
+        if self._sent is not None:
+            options |= {"kept": self.exchange.ctypes.data, "kept_bytes": self._sent.nbytes}
+            options["sent"] = self._sent.ctypes.data
+        self._launch(args, **options)
+        self._check_status()
+
+    def _check_status(self) -> None:
+        """GenerationError or NoTokenError if the last launch left word of one."""
         self.status = self.host.status[0].copy()
         if self.status["gave_up"] == self._pass:
             raise GenerationError(f"a wait gave up: {self.status}")
@@ -439,45 +533,71 @@ class SimDecoder:
         finally:
             self._sent = None
 
-    def coverage(self) -> dict[str, dict[int, int]]:
-        """File of cuda/ -> line -> how often it ran; once, and of a build that is made with `coverage`."""
-        for old in self._path.parent.glob(f"{self._path.name}*.gcda"):
-            old.unlink()
-        self._library.sim_write_coverage()
-        (data,) = self._path.parent.glob(f"{self._path.name}*.gcda")
-        command = ["gcov", "--json-format", "--stdout", str(data)]
-        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=data.parent)
-        counts: dict[str, dict[int, int]] = {}
-        for file in json.loads(result.stdout)["files"]:
-            path = data.parent / file["file"]
-            if path.parent == data.parent and path.name != "ptx.cuh":
-                lines = counts.setdefault(path.name, {})
-                for line in file["lines"]:
-                    number = line["line_number"]
-                    lines[number] = max(lines.get(number, 0), line["count"])
-        return counts
-
-    def _name_addresses(self, text: str) -> str:
-        """`text` with addresses in or near an array replaced by the array's name and an offset in bytes."""
-
-        def name(match: re.Match[str]) -> str:
-            address = int(match[0], 16)
-            for array_name, array in self._arrays.items():
-                offset = address - array.ctypes.data
-                if -mmap.PAGESIZE <= offset < array.nbytes + mmap.PAGESIZE:
-                    return f"{array_name} ({array.nbytes} bytes) + {offset}"
-            return match[0]
-
-        return re.sub(r"0x[0-9a-f]+", name, text)
-
-    def events(self) -> dict[str, int]:
-        """How often the last pass's schedule did each of EVENTS."""
-        return dict(zip(EVENTS, self._library.sim_events()[: len(EVENTS)], strict=True))
-
-    def close(self) -> None:
-        """Free the grid's memory; the next pass takes it again."""
-        self._library.sim_close()
-
     def stages(self) -> list[dict[str, np.ndarray]]:
         """What the blocks told each other in the last pass; see packets.stages."""
         return stages(self.exchange, self.config, self.rows, int(self._args["num_rows"]))
+
+
+class SimChunk(SimKernel):
+    """Chunks of up to `rows` rows of prompts of a SimDecoder's model, with its cache; as the GPU runs them.
+
+    With `lost_arrival` the blocks' arrivals at their meetings are lost but for so many of the first.
+    """
+
+    def __init__(
+        self,
+        decoder: SimDecoder,
+        *,
+        rows: int = 128,
+        blocks: int = 3,
+        seed: int = 0,
+        shared_limit: int = SHARED_LIMIT,
+        cuda: Path | None = None,
+        coverage: bool = False,
+    ) -> None:
+        self.decoder, self.rows = decoder, rows
+        self.lost_arrival: int | None = None
+        changes = {"CHUNK_ROWS": str(rows), "SHARED_LIMIT": str(shared_limit), "SIM_CHUNK": "1"}
+        super().__init__(decoder.defines | changes, blocks, seed, cuda, coverage)
+        fields = {name: CHUNK_ARGS[name] for name in CHUNK_ARGS.names} | {"tokens": ("<i4", (rows,))}
+        self._args = np.zeros((), np.dtype(list(fields.items()), align=True))
+        self.info = self._info("ffmini_chunk_info", CHUNK_INFO, self._args.dtype)
+        for name, _ in MODEL_ARGS:
+            self._args[name] = decoder._args[name]
+        self._scratch = guarded_array((int(self.info["scratch_bytes"]),), np.uint8)
+        self._scratch[...] = 0
+        self._arrived = guarded_array((1,), np.uint32)
+        self._args["scratch"], self._args["arrived"] = self._scratch.ctypes.data, self._arrived.ctypes.data
+        self._arrays = decoder._arrays | {"scratch": self._scratch, "arrived": self._arrived}
+
+    def run(self, tokens: np.ndarray, start: int, slot: int = 0) -> None:
+        """One launch for `tokens` at positions start .. of a slot."""
+        decoder, args = self.decoder, self._args
+        decoder._pass += 1
+        args["pass"], args["slot"], args["start"], args["num_rows"] = decoder._pass, slot, start, len(tokens)
+        args["tokens"] = -1
+        args["tokens"][: len(tokens)] = tokens
+        self._arrived[0] = 0
+        options = {}
+        if self.lost_arrival is not None:
+            options = {"lost": self._arrived.ctypes.data, "before_lost": self.lost_arrival}
+        self._launch(args, **options)
+        decoder._check_status()
+
+    def forward(self, tokens: np.ndarray, start: int, logits: str = "last", slot: int = 0) -> np.ndarray:
+        """As SimDecoder.forward, in chunks of up to `rows` rows and passes for their logits."""
+        pieces = [np.zeros((0, self.decoder.config.vocab_size), np.float32)]
+        for at in range(0, len(tokens), self.rows):
+            piece = tokens[at : at + self.rows]
+            self.run(piece, start + at, slot)
+            first = {"all": 0, "last": len(tokens) - 1 - at, "none": len(piece)}[logits]
+            rows = self.residual()[first : len(piece)]
+            step = self.decoder.rows
+            pieces += [self.decoder.finish_rows(rows[i : i + step]) for i in range(0, len(rows), step)]
+        return np.concatenate(pieces)
+
+    def residual(self) -> np.ndarray:
+        """What the chunks have left of each of their rows after the last layer, [rows, hidden_size]."""
+        size = int(self.info["residual_size"])
+        rows = self._scratch[: 4 * self.rows * size].view(np.float32).reshape(self.rows, size)
+        return rows[:, : self.decoder.config.hidden_size]

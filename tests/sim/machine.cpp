@@ -46,6 +46,7 @@ void Machine::run(const Options& options, size_t shared_bytes, int threads, void
     bulk_copies_.clear();
     barriers_.clear();
     stores_ = 0;
+    before_lost_ = options.before_lost;
     youngest_seen_.assign(options.blocks, 0);
     std::fill_n(events_, NUM_EVENTS, 0);
     choose_policy(threads / WARP_LANES);
@@ -326,7 +327,10 @@ Words Machine::load(const void* p, uint32_t words, const Site& site) {
 }
 
 void Machine::store(void* p, const Words& value, uint32_t words) {
-    if (p == options_.lost_packet) return;
+    if (p == options_.lost) {
+        if (before_lost_ == 0) return;
+        --before_lost_;
+    }
     *static_cast<volatile uint8_t*>(p);  // a fault is the storing lane's, not that of who shows the store
     idle_rounds_ = 0;
     const size_t offset = static_cast<uint8_t*>(p) - options_.kept;
@@ -348,8 +352,31 @@ void Machine::store(void* p, const Words& value, uint32_t words) {
     }
 }
 
+void Machine::add(uint32_t* p, uint32_t addend) {
+    yield(false);
+    show_own_stores();
+    const auto found = pending_.find(reinterpret_cast<uintptr_t>(p));
+    const uint32_t newest = found == pending_.end() ? *p : found->second.stores.back().value.word[0];
+    store(p, {{newest + addend}}, 1);
+}
+
 void Machine::show_some_store() {
-    const size_t i = random_.below(static_cast<uint32_t>(sights_.size()));
+    show_sight(random_.below(static_cast<uint32_t>(sights_.size())));
+}
+
+// All blocks see what the running lane's block has stored so far.
+void Machine::show_own_stores() {
+    for (size_t i = 0; i < sights_.size();) {
+        const PendingStores& pending = pending_.at(sights_[i].address);
+        const auto unseen = pending.stores.begin() + pending.seen[sights_[i].block];
+        const bool own = std::any_of(unseen, pending.stores.end(), [this](const PendingStore& store) {
+            return store.lane->block == current_->block;
+        });
+        own ? show_sight(i) : void(++i);  // another takes its place
+    }
+}
+
+void Machine::show_sight(size_t i) {
     const Sight sight = sights_[i];
     sights_[i] = sights_.back();
     sights_.pop_back();

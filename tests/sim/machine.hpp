@@ -33,10 +33,11 @@ struct Site {
     }
 };
 
-// What a run is asked to do.
+// What a run is asked to do; driver.py has the same struct as a NumPy dtype.
 struct Options {
-    uint64_t seed;            // 0: lanes in turn, stores visible at once, copies as late as allowed
-    const void* lost_packet;  // stores to this address never become visible
+    uint64_t seed;         // 0: lanes in turn, stores visible at once, copies as late as allowed
+    const void* lost;      // stores to this address never become visible
+    uint64_t before_lost;  // ... but for the first ones, so many
     uint32_t blocks;
     bool give_up;         // when nothing can go on, time passes until waits give up; else that is an error
     const uint8_t* kept;  // stores to the kept_bytes bytes from here on go to `sent` instead; null: none
@@ -205,6 +206,8 @@ class Machine {
     bool barrier(int count, bool value, const Site& site);
     Words load(const void* p, uint32_t words, const Site& site);
     void store(void* p, const Words& value, uint32_t words);
+    // Adds to a word, of which every block sees the sum later than what this block stored before.
+    void add(uint32_t* p, uint32_t addend);
     void copy_async(uint8_t* to, const uint8_t* from);
     void copy_commit() { current_->copies.emplace_back(); }
     void copy_wait(size_t pending);
@@ -235,6 +238,8 @@ class Machine {
     bool idle();
     void show_some_store();
     void show(const Sight& sight);
+    void show_sight(size_t i);
+    void show_own_stores();
     void wake(uint64_t line);
     CountingBarrier& counting(const void* barrier, const Site& site);
     void end_phase(CountingBarrier& state, const void* barrier, int block);
@@ -258,6 +263,7 @@ class Machine {
     std::unordered_map<uintptr_t, PendingStores> pending_;
     std::vector<Sight> sights_;            // that are still to come
     uint64_t stores_ = 0;                  // of the run so far
+    uint64_t before_lost_ = 0;             // still to come
     std::vector<uint64_t> youngest_seen_;  // store, by block
     uint64_t events_[NUM_EVENTS] = {};
     std::vector<BulkCopy> bulk_copies_;  // under way

@@ -120,6 +120,38 @@ inline void load_transposed(uint32_t (&d)[2], const void* shared, SIM_SITE) {
     memcpy(d, lane.result, 8);
 }
 
+inline void load_matrices(uint32_t (&d)[4], const void* shared, SIM_SITE) {
+    sim::Lane& lane = sim::machine.lane();
+    memcpy(lane.operand, &shared, sizeof shared);
+    sim::machine.meet(sim::ALL_LANES, {"load_matrices", file, line}, [](sim::Warp& warp) {
+        uint32_t rows[4][8][4];  // [matrix][row][pair of columns]
+        for (int l = 0; l < sim::WARP_LANES; ++l) {
+            const void* row;
+            memcpy(&row, warp.lanes[l]->operand, sizeof row);
+            memcpy(rows[l / 8][l % 8], row, 16);
+        }
+        for (int l = 0; l < sim::WARP_LANES; ++l) {
+            for (int m = 0; m < 4; ++m) warp.lanes[l]->result[m] = rows[m][l / 4][l % 4];
+        }
+    });
+    memcpy(d, lane.result, 16);
+}
+
+inline uint32_t transpose(uint32_t pair, SIM_SITE) {
+    sim::Lane& lane = sim::machine.lane();
+    lane.operand[0] = pair;
+    sim::machine.meet(sim::ALL_LANES, {"transpose", file, line}, [](sim::Warp& warp) {
+        for (int l = 0; l < sim::WARP_LANES; ++l) {
+            const int row = 2 * (l % 4), column = l / 4;
+            const auto element = [&](int r) {
+                return warp.lanes[4 * r + column / 2]->operand[0] >> column % 2 * 16 & 0xffff;
+            };
+            warp.lanes[l]->result[0] = element(row) | element(row + 1) << 16;
+        }
+    });
+    return lane.result[0];
+}
+
 // Here a load is served when it is made. No lane waits for others: a vote makes them meet, but orders no
 // memory.
 inline bool all_have(float) {
@@ -264,6 +296,14 @@ inline uint32_t load_relaxed_32(const uint32_t* p, SIM_SITE) {
 
 inline void store_relaxed_32(uint32_t* p, uint32_t v) {
     sim::machine.store(p, {{v}}, 1);
+}
+
+inline void add_release_32(uint32_t* p, uint32_t addend) {
+    sim::machine.add(p, addend);
+}
+
+inline uint32_t load_acquire_32(const uint32_t* p, SIM_SITE) {
+    return sim::machine.load(p, 1, {"load_acquire_32", file, line}).word[0];
 }
 
 inline uint64_t load_relaxed_system_64(const uint64_t* p, SIM_SITE) {

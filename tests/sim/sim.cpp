@@ -1,8 +1,14 @@
-// The kernel on the simulated device as a shared library: what tests/sim/driver.py calls.
+// A kernel on the simulated device as a shared library, the pass or, with SIM_CHUNK, the chunk: what
+// tests/sim/driver.py calls.
 
 #include "cuda.hpp"
 #include "fault.hpp"
+
+#if defined(SIM_CHUNK)
+#include "chunk.cu"
+#else
 #include "ffmini.cu"
+#endif
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -34,21 +40,26 @@ class FlushToZero {
 #endif
 };
 
-const PassArgs* pass_args;
+#if defined(SIM_CHUNK)
+using Args = ChunkArgs;
+constexpr int LAUNCH_BYTES = CHUNK_SHARED_BYTES, LAUNCH_THREADS = PANEL_THREADS;
+constexpr auto KERNEL = ffmini_chunk;
+#else
+using Args = PassArgs;
+constexpr int LAUNCH_BYTES = SHARED_BYTES, LAUNCH_THREADS = BLOCK_THREADS;
+constexpr auto KERNEL = ffmini_pass;
+#endif
+
+const Args* kernel_args;
 
 }  // namespace
 
-// One launch; see sim::Options. If `sent` is not null, the first sent_packets packets of the exchange keep
-// what they hold, and what the kernel stores there goes to `sent`. Null after a good launch, else a line that
-// says what went wrong.
-extern "C" const char* sim_run(const PassArgs* args, uint64_t seed, const void* lost_packet, uint32_t blocks,
-                               bool give_up, uint8_t* sent, uint64_t sent_packets) {
+// One launch. Null after a good one, else a line that says what went wrong.
+extern "C" const char* sim_run(const Args* args, const sim::Options* options) {
     const FlushToZero flush;
     const sim::FaultGuard guard;
-    pass_args = args;
-    const auto* kept = sent == nullptr ? nullptr : reinterpret_cast<const uint8_t*>(args->exchange);
-    sim::machine.run({seed, lost_packet, blocks, give_up, kept, sent_packets * sizeof(uint4), sent},
-                     SHARED_BYTES, BLOCK_THREADS, [] { ffmini_pass(*pass_args); });
+    kernel_args = args;
+    sim::machine.run(*options, LAUNCH_BYTES, LAUNCH_THREADS, [] { KERNEL(*kernel_args); });
     return sim::machine.error().empty() ? nullptr : sim::machine.error().c_str();
 }
 

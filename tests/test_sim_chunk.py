@@ -1,0 +1,379 @@
+"""The chunk's own source on the simulated device: the bits of the simulated pass, under many schedules."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from comparison import same_bits
+from sim.driver import EVENTS, SHARED_LIMIT, SimChunk, SimDecoder, SimError
+from sim.mutations import (
+    Change,
+    Edit,
+    barrier_change,
+    change,
+    count_barriers,
+    find_barriers,
+    mutable_source,
+    place_after,
+    sources_of,
+    vote_change,
+)
+from sim_cases import (
+    COVER,
+    DEEP,
+    LARGE_SHARED_LIMIT,
+    MAX_SEQ_LEN,
+    Case,
+    case_tokens,
+    make_packer,
+    random_cache,
+)
+
+from ffmini.errors import GenerationError
+from ffmini.numerics import to_bf16
+from ffmini.packing import PackedModel
+
+Pack = Callable[[Case], PackedModel]
+CHUNK_ROWS = 256  # two panels of columns, or four of a quantised model
+SLOT = 1  # of two
+# Builds of the cover, whose passes tests/test_sim.py compiles too, and bytes of shared memory for the chunk.
+BUILDS = {
+    ("llama_biases", "bf16"): SHARED_LIMIT,  # head_dim 8
+    ("qwen2", "bf16"): 70 * 1024,  # windows, head_dim 256: seven warps of a block attend; 200 columns
+    ("qwen3", "int8"): LARGE_SHARED_LIMIT,  # norms of q and k, 7 heads to a KV head, head_dim 64
+    ("llama2", "int8"): SHARED_LIMIT,  # groups of 128, head_dim 80
+    ("llama3.1", "int8"): LARGE_SHARED_LIMIT,  # groups of 32, head_dim 128; 200 columns
+    ("llama3.1", "int4"): SHARED_LIMIT,  # 16 heads to a KV head: two units
+}
+MANY_SPLITS = Case(
+    "qwen2",
+    "int4",
+    32,
+    changes={
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "head_dim": 48,  # o_proj's input has two segments
+        "intermediate_size": 40,
+        "vocab_size": 64,
+        "sliding_window": 4300,
+    },
+)
+MANY_POSITIONS, FAR = 4700, 4602  # 19 blocks of positions: more than one run of them
+SEEDS = range(1, 82)  # all combinations of policies
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return make_packer(lambda: tmp_path_factory.mktemp("checkpoint"))
+
+
+class Said(NamedTuple):
+    """What launches leave."""
+
+    logits: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+
+    def is_same(self, other: Said) -> bool:
+        caches = zip(self[1:], other[1:], strict=True)
+        return same_bits(self.logits, other.logits) and all(np.array_equal(*pair) for pair in caches)
+
+
+def balanced_cache(shape: tuple[int, ...], start: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of `shape` that make attention say in which order it adds; NaN from `start` on.
+
+    Two neighbours have the same key and values that are neighbours in bf16, everywhere the same two: the
+    weighted mean lies in the middle between them, and the rounding errors of the sums decide to which it is
+    rounded. Every query sees some blocks of positions alone: their keys hide the others and what comes after.
+    All vectors repeat every eight elements, whichever way they are rotated.
+    """
+    stream, repeats = np.random.default_rng(8), shape[-1] // 8
+    position = np.arange(start)
+    sign = stream.choice([-1, 1], start // 256 + 1)[position // 256]
+    length = 40 * sign * (1 - 0.03 * stream.random(start)[position // 2])
+    key, value = (np.tile(stream.standard_normal(8), repeats) for _ in range(2))
+    keys, values = np.full(shape, 0xFFFF, np.uint16), np.full(shape, 0xFFFF, np.uint16)
+    keys[..., :start, :] = to_bf16(np.outer(length, key).astype(np.float32))
+    values[..., :start, :] = to_bf16(value.astype(np.float32)) + (position % 2)[:, None]
+    return keys, values
+
+
+class Both:
+    """The two kernels of a model, which share its weights and its cache."""
+
+    def __init__(
+        self,
+        packed: PackedModel,
+        max_seq_len: int = MAX_SEQ_LEN,
+        *,
+        limit: int = SHARED_LIMIT,
+        cuda: Path | None = None,
+        coverage: bool = False,
+        **options: int,
+    ) -> None:
+        """`limit`: of the chunk's shared memory; `options`: the pass's."""
+        self.passes = SimDecoder(packed, max_seq_len, num_slots=2, **options)
+        self.chunk = SimChunk(self.passes, rows=CHUNK_ROWS, shared_limit=limit, cuda=cuda, coverage=coverage)
+        self.tokens = case_tokens(packed, CHUNK_ROWS)
+
+    def run(
+        self, kernel: SimDecoder | SimChunk, start: int, sizes: list[int], balanced: bool = False
+    ) -> Said:
+        """Launches of `sizes` rows one after the other from `start` on.
+
+        What the cache holds before is random or balanced_cache().
+        """
+        caches = self.passes.key_cache, self.passes.value_cache
+        shape = caches[0][:, SLOT].shape
+        before = balanced_cache(shape, start) if balanced else (random_cache(shape, start),) * 2
+        for cache, filled in zip(caches, before, strict=True):
+            cache[...] = 0xFFFF
+            cache[:, SLOT] = filled
+        ends = list(itertools.accumulate(sizes))
+        pieces = [
+            kernel.forward(self.tokens[end - size : end], start + end - size, "all", SLOT)
+            for end, size in zip(ends, sizes, strict=True)
+        ]
+        return Said(np.concatenate(pieces), *(cache.copy() for cache in caches))
+
+    def check(self, start: int, runs: dict[tuple[int, int], list[int]], balanced: bool = False) -> None:
+        """Chunks leave what passes leave; `runs`: (blocks, seed) -> their sizes."""
+        expected = self.run(self.passes, start, [sum(next(iter(runs.values())))], balanced)
+        for (self.chunk.blocks, self.chunk.seed), sizes in runs.items():
+            found = self.run(self.chunk, start, sizes, balanced)
+            assert found.is_same(expected), (start, self.chunk.blocks, self.chunk.seed)
+
+
+def both_of(pack: Pack, family: str, dtype: str) -> Both:
+    """Those of BUILDS."""
+    index, build = next((i, b) for i, b in enumerate(COVER) if b[:2] == (family, dtype))
+    limit = BUILDS[family, dtype]
+    return Both(pack(build.case()), limit=limit, rows=build.prompt[0], bulk_copies=index % 2 == 0)
+
+
+# ---- the numbers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "dtype"), BUILDS)
+def test_same_bits_as_passes(pack: Pack, family: str, dtype: str) -> None:
+    """Rows that see no cached positions, and up to three blocks of them; fewer rows after more."""
+    both = both_of(pack, family, dtype)
+    both.check(0, {(1, 28): [1, 17, 3]})
+    both.check(247, {(3, 0): [11]})
+    both.check(DEEP, {(2, 5): [5, 1]})
+
+
+def test_rows_do_not_know_each_other(pack: Pack, unmutated: Both) -> None:
+    """Which rows share a chunk does not matter, nor a panel of columns."""
+    runs = {(3, 0): [130], (2, 3): [128, 2], (7, 4): [1, 129]}
+    both_of(pack, "llama_biases", "bf16").check(100, runs)
+    unmutated.check(100, {(3, 0): [67], (1, 5): [64, 3], (7, 28): [2, 65]})
+
+
+def test_many_splits(unmutated: Both) -> None:
+    """Partial softmaxes are merged in runs; of a window too, which begins in the second block."""
+    unmutated.check(FAR, {(3, 5): [7], (1, 0): [3, 4]})
+    unmutated.check(FAR, {(2, 0): [5]}, balanced=True)
+
+
+# ---- schedules -----------------------------------------------------------------------------------------
+
+
+def test_schedules(pack: Pack) -> None:
+    """Lanes in any order, blocks and warps starved, arrivals and copies late."""
+    both = both_of(pack, "llama_biases", "bf16")
+    expected, seen = both.run(both.passes, DEEP, [5]), dict.fromkeys(EVENTS, 0)
+    for both.chunk.seed in SEEDS[::4]:
+        both.chunk.blocks = 2 + both.chunk.seed % 2
+        assert both.run(both.chunk, DEEP, [5]).is_same(expected), both.chunk.seed
+        seen = {name: seen[name] + (count > 0) for name, count in both.chunk.events().items()}
+    assert min(seen.values()) >= 5, seen
+
+
+def meetings(layers: int, integers: bool) -> list[int]:
+    """Where each meeting of a chunk stands, as the status says it: 8 * layer + stage."""
+    of_layer = [0, 1, 1, 2, 2, 3, 3, 4, 4, 8] if integers else [0, 1, 1, 2, 3, 3, 4, 8]
+    return [0, *(8 * layer + stage for layer in range(layers) for stage in of_layer)]
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_a_block_that_does_not_come(pack: Pack, unmutated: Both, integers: bool) -> None:
+    """A deadlock is reported; where time passes all blocks leave, say where, and the next chunk is right."""
+    both = unmutated if integers else both_of(pack, "llama_biases", "bf16")
+    expected, chunk = both.run(both.chunk, 3, [5]), both.chunk
+    places = meetings(both.passes.config.num_layers, integers)
+    for meeting, place in enumerate(places):
+        chunk.seed, chunk.blocks = meeting, 2 + meeting % 2
+        chunk.lost_arrival = meeting * chunk.blocks + meeting % chunk.blocks
+        with pytest.raises(SimError, match=r"deadlock: .*chunk.cu:\d+ for arrived \("):
+            chunk.run(both.tokens[:5], 3, SLOT)
+        chunk.give_up = True
+        with pytest.raises(GenerationError, match="a wait gave up"):
+            chunk.run(both.tokens[:5], 3, SLOT)
+        assert both.passes.status["stage"] == place
+        chunk.lost_arrival, chunk.give_up = None, False
+    assert both.run(chunk, 3, [5]).is_same(expected)
+
+
+# ---- that all this can fail ----------------------------------------------------------------------------
+
+
+def chunk_edit(old: str, new: str, within: str = "") -> Edit:
+    return Edit("chunk.cu", old, new, within)
+
+
+def panel_edit(old: str, new: str, within: str = "") -> Edit:
+    return Edit("panels.cuh", old, new, within)
+
+
+def attention_edit(old: str, new: str, within: str = "") -> Edit:
+    return Edit("chunk_attention.cuh", old, new, within)
+
+
+MUTATIONS: dict[str, Edit] = {
+    # Meetings.
+    "a meeting awaits one block less": chunk_edit("met", "met - 1", "load_acquire_32(args.arrived) < met"),
+    "a meeting awaits the first arrivals": chunk_edit("met += gridDim.x", "met = gridDim.x"),
+    "a block arrives twice": chunk_edit("1", "2", "add_release_32(args.arrived, 1)"),
+    # The ring.
+    "a stage not waited for": panel_edit(
+        "copy_async_wait<PANEL_STAGES - 2>()", "copy_async_wait<PANEL_STAGES - 1>()"
+    ),
+    "no group for a stage that is not there": panel_edit("copy_async_commit()", "void()"),
+    "filling wraps a place early": panel_edit("++place_ == PANEL_STAGES", "++place_ == PANEL_STAGES - 1"),
+    "filling wraps a place late": panel_edit("++place_ == PANEL_STAGES", "++place_ == PANEL_STAGES + 1"),
+    "emptying wraps a place early": panel_edit("++place == PANEL_STAGES", "++place == PANEL_STAGES - 1"),
+    "one stage less ahead": panel_edit("PANEL_STAGES - 1", "PANEL_STAGES - 2", "i < PANEL_STAGES - 1"),
+    # Panels.
+    "tiles that do not exist": panel_edit("M::TILES - 1", "M::TILES + 7"),
+    "lines of the tile behind": panel_edit("M::TAIL_K % STAGE_K == 0", "true"),
+    "one panel of columns": panel_edit("panel % columns_", "0"),
+    "the first group's scales": panel_edit("in_stage / M::GROUP", "0"),
+    "the first group's sum": panel_edit("group * operands.stride", "0"),
+    "the first segment's power of two": panel_edit("segment * operands.stride", "0"),
+    "segments added at the end": panel_edit("(k + STAGE_K) % SEGMENT == 0", "false"),
+    # Rows.
+    "another slot": chunk_edit("args.slot", "0", "num_slots + args.slot"),
+    "rows from position 0 on": chunk_edit("args.start + row", "row", "position = args.start + row"),
+    "values as keys are rotated": chunk_edit("VALUE_ROTATION", "KEY_ROTATION"),
+    "planes of another row": chunk_edit("row % PANEL_ROWS * 32", "0"),
+    "group sums of half a group": chunk_edit("offset < LANES", "offset < LANES / 2"),
+    "a row's scale before it is there": chunk_edit("unit < norms", "unit < norms - 1"),
+    # Attention.
+    "keys as values are rotated": attention_edit("KEY_ROTATION", "VALUE_ROTATION"),
+    "no window": attention_edit("position >= first_[set]", "true"),
+    "rows see what comes after them": attention_edit("position <= last_[set]", "last_[set] >= 0"),
+    "blocks of positions not rescaled": attention_edit("exp2_approx(block_top[set] - top[set])", "1.0f"),
+    "sums of all splits in one place": attention_edit("split % 32", "0"),
+    "one run": attention_edit("(block + 1) % MERGE_RUN == 0", "false"),
+    "a unit begins with the sums of the last": attention_edit(
+        "scratch.sum[query][lane()] = 0.0f", "scratch.sum[query][lane()] += 0.0f"
+    ),
+}
+SOURCES = sources_of("chunk.cu")
+BARRIERS = find_barriers(SOURCES)
+# Barriers whose lack no schedule shows: the file, the end of what stands before one, and why.
+UNSEEN = [
+    # The next thing that the block does is to meet the others.
+    ("panels.cuh", "copy_async_wait<0>();\n"),
+    # Shuffles or products make the lanes meet there; which memory they order is not simulated.
+    ("chunk_attention.cuh", "scratch.output[i][lane()] = 0.0f;\n        }\n"),
+    ("chunk_attention.cuh", "void finish(Store store) const {\n"),
+    ("chunk.cu", "store_pair<OProj>(chunk.attention(), row, k, pair);\n        });\n"),
+]
+SEEN = [place for place in BARRIERS if place not in {place_after(SOURCES, *barrier) for barrier in UNSEEN}]
+VOTES = [place for place, match in BARRIERS.items() if match["vote"] is not None]
+MEETING = re.compile(r"(?<=!)chunk\.meet\(where_of\([^()]*\)\)")
+MEETINGS = {
+    f"no meeting {i}": [("chunk.cu", *match.span(), "true")]
+    for i, match in enumerate(MEETING.finditer(SOURCES["chunk.cu"]))
+}
+LEAVING = {f"vote {place}": [vote_change(place, BARRIERS[place])] for place in VOTES}
+FOUND: dict[str, list[Change]] = {
+    **{name: [change(SOURCES, edit)] for name, edit in MUTATIONS.items()},
+    **MEETINGS,
+    "no meeting of layers": [
+        change(SOURCES, chunk_edit("chunk.meet(where_of(layer + 1, STAGE_QKV))", "true"))
+    ],
+    **{f"no barrier {place}": [barrier_change(place, BARRIERS[place])] for place in SEEN},
+}
+MISTAKES = FOUND | LEAVING
+MUTATION_SEEDS = (3, 0, 28, 56)  # 3: a block starves; 28: some copies land late, 0 and 56: all
+
+
+class Mutable:
+    """A build with switches, what it must compute and whether it does."""
+
+    def __init__(self, packed: PackedModel, cuda: Path) -> None:
+        self.both = Both(packed, MANY_POSITIONS, limit=LARGE_SHARED_LIMIT, cuda=cuda)
+        self.expected = list(self.results(self.both.passes))
+
+    def results(self, kernel: SimDecoder | SimChunk) -> Iterator[Said]:
+        """Of two panels of columns, of many partial softmaxes."""
+        yield self.both.run(kernel, 0, [66])
+        yield self.both.run(kernel, FAR, [5], balanced=True)
+
+    def start(self, name: str | None, seed: int) -> None:
+        chunk = self.both.chunk
+        chunk.set_word("sim_mutation", -1 if name is None else list(MISTAKES).index(name))
+        chunk.seed, chunk.blocks = seed, 1 + 2 * (seed % 2)
+
+    def is_wrong(self, name: str | None, seed: int) -> bool:
+        """Whether the chunks leave something else or an error."""
+        self.start(name, seed)
+        try:
+            return not all(map(Said.is_same, self.results(self.both.chunk), self.expected))
+        except (SimError, GenerationError):
+            return True
+
+    def leaves(self, name: str | None) -> bool:
+        """Whether all blocks leave when a block does not come to a meeting."""
+        self.start(name, 3)
+        chunk = self.both.chunk
+        chunk.give_up, chunk.lost_arrival = True, 4
+        try:
+            chunk.run(self.both.tokens[:5], 0)
+        except (SimError, GenerationError) as raised:
+            return "a wait gave up" in str(raised)
+        finally:
+            chunk.give_up, chunk.lost_arrival = False, None
+        return False
+
+
+@pytest.fixture(scope="module")
+def mutable(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Mutable:
+    cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", SOURCES, MISTAKES)
+    return Mutable(pack(MANY_SPLITS), cuda)
+
+
+@pytest.fixture
+def unmutated(mutable: Mutable) -> Both:
+    mutable.start(None, 0)
+    return mutable.both
+
+
+def test_no_mutation_is_right(mutable: Mutable) -> None:
+    assert not any(mutable.is_wrong(None, seed) for seed in MUTATION_SEEDS)
+    assert mutable.leaves(None)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_mutation_is_found(mutable: Mutable, name: str) -> None:
+    """A mistake leaves something else, or an error, under one of a few seeds."""
+    assert any(mutable.is_wrong(name, seed) for seed in MUTATION_SEEDS)
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_a_bad_leave_is_found(mutable: Mutable, name: str) -> None:
+    assert not mutable.leaves(name)
+
+
+def test_all_barriers_and_meetings_are_mutated() -> None:
+    assert count_barriers(SOURCES) == len(BARRIERS) == len(SEEN) + len(UNSEEN)
+    assert SOURCES["chunk.cu"].count("chunk.meet(") == len(MEETINGS) + 1
