@@ -114,8 +114,8 @@ struct Chunk : Place {
 
     // What every block did before is done for every block after. False if one did not come.
     __device__ bool meet(int where) {
-        if constexpr (FETCHES) return !sync_threads_or<CHUNK_THREADS>(false);
 #if WGMMA
+        if constexpr (FETCHES) return hear_of_meeting();
         fence_async_proxy();
 #endif
         sync_threads<PANEL_THREADS>();

@@ -78,6 +78,11 @@ __device__ __forceinline__ void multiply_stage(Share<M>& share, const uint8_t* s
     wgmma_wait<0>();
 }
 
+// What the fetching threads do at a meeting of the blocks: they wait for its end. False if it gave up.
+__device__ __forceinline__ bool hear_of_meeting() {
+    return !sync_threads_or<PANEL_THREADS + FETCHING_THREADS>(false);
+}
+
 // The ring of stages, which goes on from one matrix to the next.
 class PanelRing {
   public:

@@ -157,8 +157,8 @@ class GPUDecoder:
         """`num_slots` sequences of up to `max_seq_len` tokens have their KV cache side by side.
 
         `blocks` (default: one per multiprocessor), `rows` (default: 1 and as many as fit), `chunks`
-        (whether prompts go through in chunks of many rows), `bulk_copies` and `wgmma` (default: if the device has
-        them), `in_flight` (default: copies_in_flight) and the rest are for tests and measurements."""
+        (whether prompts go through in chunks of many rows), `bulk_copies` and `wgmma` (default: if the device
+        has them), `in_flight` (default: copies_in_flight) and the rest are for tests and measurements."""
         reason = why_unusable(ordinal)
         if reason is not None:
             raise DeviceError(reason)

@@ -210,9 +210,9 @@ def kernel_defines(
 
     `rows` is how many rows a pass takes (1 to 8), `shared_limit` the bytes of shared memory that a block
     may use, `blocks` the size of the grid. `bulk_copies`: weights come by bulk copies, which sm_90 and newer
-    have; `in_flight` of them are under way per ring (see copies_in_flight). `wgmma`: chunks multiply by it, on
-    sm_90 alone; the target is then sm_90a. `test_pauses` makes a build that
-    holds packets back at random, `stage_times` one that notes when each block passed each stage.
+    have; `in_flight` of them are under way per ring (see copies_in_flight). `wgmma`: chunks multiply by that,
+    which sm_90 alone has. `test_pauses` makes a build that holds packets back at random, `stage_times` one
+    that notes when each block passed each stage.
     """
     offsets = vector_offsets(config)
     qkv, head = layouts["qkv_proj"], layouts["lm_head"]

@@ -466,8 +466,7 @@ def test_a_prompt_beside_a_generation(tmp_path: Path) -> None:
     decoder.close()
 
 
-# Chunks of a prompt against passes: all three formats, heads of all sizes, windows, groups, more than one run of
-# blocks of positions.
+# Chunks against passes: formats, sizes of heads, windows, groups, several runs of partial softmaxes.
 CHUNKED: list[tuple[str, str, int, int, dict[str, Any]]] = [
     ("llama2", "int8", 128, 600, {}),
     ("llama_biases", "bf16", 128, 300, {}),

@@ -18,7 +18,15 @@ from comparison import ask, check_candidates, query
 from ffmini import gpu
 from ffmini.candidates import MAX_QUERIED, Candidates, Query
 from ffmini.errors import DeviceError, GenerationError
-from ffmini.kernel import AWAITED, MAIL_APPEND, MAIL_LEAVE, MAX_ROWS, PASS_ARGS
+from ffmini.kernel import (
+    AWAITED,
+    CHUNK_ROWS,
+    MAIL_APPEND,
+    MAIL_LEAVE,
+    MAX_ROWS,
+    PANEL_ROWS,
+    PASS_ARGS,
+)
 from ffmini.launch import PassBuild
 from ffmini.passes import Work
 from ffmini.results import HostMemory
@@ -198,6 +206,70 @@ def test_tokens_one_after_the_other() -> None:
     plain = [(0, "plain"), (4, "plain")]
     assert decoder.outcomes() == plain + [(position, "awaited") for position in range(6, MAX_SEQ_LEN)]
     assert decoder._device_ids.uploads == 1
+
+
+class FakeChunk:
+    """Notes the chunks that it is to run: slot, first position, tokens."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[int, int, list[int]]] = []
+
+    def run(self, cupy: Any, number: int, slot: int, start: int, tokens: np.ndarray) -> None:
+        self.ran.append((slot, start, tokens.tolist()))
+
+    def residual(self, row: int) -> int:
+        return 1000 + row
+
+
+def chunked() -> tuple[HostSide, FakeChunk]:
+    decoder, chunk = HostSide(), FakeChunk()
+    decoder._chunk = chunk  # type: ignore[assignment]
+    return decoder, chunk
+
+
+def test_a_long_prompt_goes_in_a_chunk() -> None:
+    """With its queried rows, which a pass only finishes; the next token is a pass of its own again."""
+    decoder, chunk = chunked()
+    tokens = np.arange(1, 21)
+    asked = query([3])
+    check(ask(decoder, tokens, 0, asked, ahead=True), 20, 19, asked)
+    check(ask(decoder, np.array([33]), 20, asked, ahead=True), 33, 20, asked)
+    assert chunk.ran == [(0, 0, tokens.tolist())]
+    assert decoder.outcomes() == [(19, "plain"), (20, "awaited"), (21, "left")]
+    assert [int(args["residual"]) for args in decoder.fake.passes] == [1019, 0, 0]
+    assert [int(args["num_rows"]) for args in decoder.fake.passes] == [1, 1, 1]
+
+
+def test_short_prompts_go_in_passes() -> None:
+    decoder, chunk = chunked()
+    check(ask(decoder, np.arange(8), 0, query([]), ahead=False), 7, 7, query([]))
+    assert chunk.ran == [] and len(decoder.outcomes()) == 2
+
+
+def test_long_prompts_of_several_slots() -> None:
+    """Their rows that are not queried go in chunks, the others together in a pass."""
+    decoder, chunk = chunked()
+    works = [Work(0, np.arange(12), 5, (query([]),)), Work(2, np.arange(3), 0, (query([]),))]
+    decoder.begin(works)
+    first, second = decoder.candidates()
+    check(first[0], 11, 16, query([]), 0)
+    check(second[0], 2, 2, query([]), 2)
+    assert chunk.ran == [(0, 5, list(range(9)))] or chunk.ran == [(0, 5, list(range(11)))]
+    assert all(int(args["residual"]) == 0 for args in decoder.fake.passes)
+
+
+@pytest.mark.parametrize("count", [9, 128, 129, 512, 513, 700, 1024, 1025, 2049, 5000])
+def test_chunks_are_even(count: int) -> None:
+    """All rows in their order, at most CHUNK_ROWS together, whole panels but the last; none has few rows."""
+    decoder, _ = chunked()
+    tokens = np.arange(count)
+    parts = list(decoder._chunks(Work(1, tokens, 7, ())))
+    assert np.array_equal(np.concatenate([part.tokens for part in parts]), tokens)
+    sizes = [len(part.tokens) for part in parts]
+    assert [part.start for part in parts] == [7 + sum(sizes[:i]) for i in range(len(sizes))]
+    assert len(parts) == -(-count // CHUNK_ROWS) and max(sizes) <= CHUNK_ROWS
+    assert all(size % PANEL_ROWS == 0 for size in sizes[:-1])
+    assert len(parts) == 1 or min(sizes) > PANEL_ROWS
 
 
 @pytest.mark.parametrize("ahead", [True, False])

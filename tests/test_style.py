@@ -18,7 +18,7 @@ CHAIN = [
     {"checkpoint", "rope", "quant"},
     {"packing"},
     {"convert", "cpu", "kernel", "options", "tokenizer"},
-    {"results"},
+    {"results", "launch"},
     {"gpu"},
     {"sampler"},
     {"generation", "snapshot"},

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ffmini.gpu import import_cupy, why_unusable
 from ffmini.kernel import has_bulk_copies
+from ffmini.launch import import_cupy, why_unusable
 from tools.device_code import compile_tool, device_arch, expected_errors, load_tool
 
 THREADS, SLOT_WORDS = 64, 512  # that consume, and of a slot: as in ring_reports.cu

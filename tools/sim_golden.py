@@ -29,7 +29,8 @@ from sim_cases import (
     random_cache,
 )
 
-from ffmini.gpu import GPUDecoder, import_cupy
+from ffmini.gpu import GPUDecoder
+from ffmini.launch import import_cupy
 
 
 def run_case(case: Case, directory: Path) -> dict[str, Any]:

@@ -23,17 +23,7 @@ import numpy as np
 
 from ffmini.bench import read_peak
 from ffmini.config import ModelConfig, parse_config
-from ffmini.gpu import (
-    PACKET_BYTES,
-    SPIN_SECONDS,
-    STAGE_NAMES,
-    free_memory,
-    import_cupy,
-    kv_cache_bytes,
-    memory_bandwidth,
-    read_global,
-    why_unusable,
-)
+from ffmini.gpu import SPIN_SECONDS, STAGE_NAMES, free_memory, kv_cache_bytes, memory_bandwidth
 from ffmini.kernel import (
     BUILD_INFO,
     PASS_ARGS,
@@ -43,6 +33,7 @@ from ffmini.kernel import (
     kernel_defines,
     layer_bytes,
 )
+from ffmini.launch import PACKET_BYTES, import_cupy, read_global, why_unusable
 from ffmini.packing import make_layouts
 from ffmini.shapes import SHAPES
 from tools.device_code import compile_tool, device_arch, expected_errors, load_tool

@@ -15,7 +15,8 @@ import numpy as np
 
 from ffmini.bench import SEED, fill_cache, random_model
 from ffmini.config import parse_config
-from ffmini.gpu import GPUDecoder, why_unusable
+from ffmini.gpu import GPUDecoder
+from ffmini.launch import why_unusable
 from ffmini.packing import PackedModel
 from ffmini.shapes import SHAPES
 
