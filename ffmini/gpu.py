@@ -365,6 +365,15 @@ class GPUDecoder:
         for first, end in zip([0, *ends], ends, strict=False):
             yield self._tail(work, first, min(end, count))
 
+    def chunk_times(self) -> np.ndarray:
+        """When each block came to each meeting of the last chunk: uint64 [meetings, blocks] in nanoseconds.
+
+        Only of a decoder with stage times; see cuda/chunk.cu.
+        """
+        self.finish()
+        with self._on_device():
+            return self._chunk.stage_times.get()
+
     def _run_chunk(self, work: Work) -> None:
         """Queue one chunk, without waiting for it."""
         self.settle()

@@ -502,6 +502,17 @@ def test_chunks_give_the_same_bits(
         assert all(map(np.array_equal, found, expected)), options
 
 
+def test_chunk_times(tmp_path: Path) -> None:
+    """Every block comes to every meeting, later than to the one before."""
+    packed = pack(tmp_path, "llama2", "int8", max_position_embeddings=1024)
+    decoder = gpu.GPUDecoder(packed, 200, stage_times=True, progress=False)
+    decoder.forward(np.arange(200) % packed.config.vocab_size, 0, "none")
+    times = decoder.chunk_times()
+    decoder.close()
+    assert len(times) == 1 + 10 * packed.config.num_layers and (times > 0).all()
+    assert (times[1:].min(axis=1) >= times[:-1].max(axis=1)).all()
+
+
 def test_chunks_of_any_size_give_the_same_bits(tmp_path: Path) -> None:
     """Rows of a prompt in chunks and passes of 1, 3, 16, 128 and 300, and what comes of the last one."""
     packed = pack(tmp_path, "qwen3", "int4", max_position_embeddings=1024)

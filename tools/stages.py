@@ -1,6 +1,7 @@
 """Where a pass's time goes: per stage the wait for its input and the work on it, against the bytes it reads.
 
     PYTHONPATH=. python3 tools/stages.py llama-3.1-8b int4 --layers 8
+    PYTHONPATH=. python3 tools/stages.py llama-3.1-8b int4 --layers 2 --chunk 512 --position 0
 
 A build of its own notes the GPU's global timer when thread 0 of each block passes a place. Needs a GPU.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from contextlib import closing
 from time import perf_counter
 
 import numpy as np
@@ -29,6 +31,11 @@ MATRICES = {
     "norm_lm_head": "lm_head",
 }
 PASSES = 200
+# Between two meetings of a chunk's blocks; "align" only where activations become integers.
+CHUNK_STAGES = (
+    *("norm_qkv scales", "norm_qkv", "rotate", "attention", "o_proj align", "o_proj"),
+    *("norm_gate_up scales", "norm_gate_up", "down_proj align", "down_proj"),
+)
 
 
 def stage_bytes(packed: PackedModel, stage: str, position: int) -> int:
@@ -79,6 +86,31 @@ def stage_table(packed: PackedModel, times: np.ndarray, position: int) -> list[s
     return [*lines, f"a layer: {total:.2f} us"]
 
 
+def chunk_table(times: np.ndarray, layers: int) -> list[str]:
+    """Lines of microseconds, means over the layers but the first.
+
+    `times` [meetings, blocks] in ns: when each block came; per stage: from the last block's coming to the
+    meeting before to the mean block's coming to the next, and to the last block's.
+    """
+    times = times.astype(np.float64) / 1e3
+    last, mean = times.max(axis=1), times.mean(axis=1)
+    work, spent = ((end[1:] - last[:-1]).reshape(layers, -1)[1:].mean(axis=0) for end in (mean, last))
+    stages = [name for name in CHUNK_STAGES if len(spent) == len(CHUNK_STAGES) or "align" not in name]
+    lines = [f"{'stage':22}{'work':>8}{'last':>8}"]
+    lines += [f"{name:22}{w:>8.1f}{s:>8.1f}" for name, w, s in zip(stages, work, spent, strict=True)]
+    return [*lines, f"a layer: {spent.sum():.1f} us"]
+
+
+def time_chunk(packed: PackedModel, rows: int, position: int) -> list[str]:
+    """The table of a chunk of `rows` rows from `position` on, the last of three."""
+    with closing(GPUDecoder(packed, position + rows, stage_times=True, progress=False)) as decoder:
+        fill_cache(decoder, position)
+        tokens = np.random.default_rng(SEED).integers(0, packed.config.vocab_size, rows)
+        for _ in range(3):
+            decoder.forward(tokens, position, "none")
+        return chunk_table(decoder.chunk_times(), packed.config.num_layers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time per stage inside the kernel.")
     parser.add_argument("shape", choices=SHAPES)
@@ -86,6 +118,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the shape's layers (default: all)")
     parser.add_argument("--position", type=int, default=128, help="of the pass, the cache before it filled")
     parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--chunk", type=int, help="instead of passes a chunk of a prompt with so many rows")
     parser.add_argument("--cp-async", action="store_true", help="the ring of GPUs without bulk copies")
     args = parser.parse_args()
     if (reason := why_unusable()) is not None:
@@ -94,6 +127,9 @@ def main() -> None:
     layers = args.layers or config.num_layers
     config = dataclasses.replace(config, num_layers=layers, layer_windows=config.layer_windows[:layers])
     packed = random_model(config, args.dtype)
+    if args.chunk:
+        print("\n".join(time_chunk(packed, args.chunk, args.position)))
+        return
     for stage_times in (False, True):
         decoder = GPUDecoder(
             packed,
