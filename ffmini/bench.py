@@ -543,6 +543,7 @@ def compare(
     depth, passes = min(plan.depths), plan.passes
     command = [sys.executable, str(BASELINE), "--device", f"cuda:{ordinal}", "--depth", str(depth)]
     command += ["--passes", str(passes), "--repetitions", str(plan.repetitions)]
+    command += ["--prompts", *map(str, plan.prompts)]
     done = subprocess.run(command, input=json.dumps(raw), capture_output=True, text=True)
     what = {"dtype": "bf16", "test": f"tg{passes}", "depth": depth, "rows": 1}
     same = (record for record in measured if all(getattr(record, key) == what[key] for key in what))
@@ -552,8 +553,12 @@ def compare(
     common |= {"over_queued": None, "logits_error": None}
     for line in done.stdout.splitlines():
         found = json.loads(line)
-        other = {key: found[key] for key in ("engine", "versions")}
-        yield _record(common | other, found["seconds"], passes, passes, nbytes)
+        other = common | {key: found[key] for key in ("engine", "versions")}
+        if found["test"] == what["test"]:
+            yield _record(other, found["seconds"], passes, passes, nbytes)
+        else:
+            length = int(found["test"].removeprefix("pp"))
+            yield _record(other | {"test": found["test"], "rows": None}, found["seconds"], length)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         _say(f"{shape}: comparison with transformers failed: {reason[0]}")

@@ -582,8 +582,9 @@ def compared(plan: Plan = PLAN) -> list[bench.Record]:
 FAKE = """
 import json, sys
 assert json.load(sys.stdin)["vocab_size"] == 259
-assert sys.argv[1:] == "--device cuda:1 --depth 0 --passes 3 --repetitions 2".split()
-print(json.dumps({"engine": "transformers", "versions": "v 1", "seconds": [3e-3, 6e-3]}))
+assert sys.argv[1:] == "--device cuda:1 --depth 0 --passes 3 --repetitions 2 --prompts 5".split()
+print(json.dumps({"test": "pp5", "engine": "transformers", "versions": "v 1", "seconds": [1e-2, 3e-2]}))
+print(json.dumps({"test": "tg3", "engine": "transformers", "versions": "v 1", "seconds": [3e-3, 6e-3]}))
 print("much ado", file=sys.stderr)
 """
 
@@ -591,13 +592,15 @@ print("much ado", file=sys.stderr)
 def test_compare_makes_records(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "BASELINE", tmp_path / "fake.py")
     bench.BASELINE.write_text(FAKE)
-    (record,) = compared()
+    prompt, record = compared()
+    assert (prompt.test, prompt.rows, prompt.bytes) == ("pp5", None, None)
+    assert prompt.us_per_token == pytest.approx(4000.0)
     assert capsys.readouterr().err == ""
     expected = {"shape": "tiny", "dtype": "bf16", "engine": "transformers", "test": "tg3", "versions": "v 1"}
     expected |= {"us_per_token": pytest.approx(1500.0), "bytes": 77, "rows": 1, "logits_error": None}
     assert {key: getattr(record, key) for key in expected} == expected
     bench.BASELINE.write_text(FAKE + "raise SystemExit('transformers compiled: no luck')")
-    assert compared() == [record]
+    assert compared() == [prompt, record]
     reason = "tiny: comparison with transformers failed: transformers compiled: no luck\n"
     assert capsys.readouterr().err == f"ffmini: {reason}"
     bench.BASELINE.write_text("import os; os._exit(3)")
@@ -633,6 +636,7 @@ def test_compare_leaves_the_records_alone(tmp_path, monkeypatch, capsys):
 def test_baseline_runs_on_the_cpu():
     """The API that it takes for granted; its time here means nothing."""
     command = [sys.executable, bench.BASELINE, "--device", "cpu", "--passes", "3", "--depth", "2"]
+    command += ["--prompts", "5", "9"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, "--repetitions", "2"],
@@ -643,7 +647,9 @@ def test_baseline_runs_on_the_cpu():
     )
     assert result.returncode == 0, result.stderr
     found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [each["engine"] for each in found] == ["transformers", "transformers compiled"]
+    engines = ["transformers", "transformers", "transformers", "transformers compiled"]
+    assert [each["engine"] for each in found] == engines
+    assert [each["test"] for each in found] == ["pp5", "pp9", "tg3", "tg3"]
     assert all(len(each["seconds"]) == 2 and "torch" in each["versions"] for each in found)
 
 
