@@ -22,11 +22,13 @@ import tokenizers
 from tqdm import tqdm
 
 from . import __version__, gpu, launch
+from .candidates import Candidates
 from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, parse_config, read_json
 from .cpu import CPUDecoder, held_bytes
-from .engine import Decoder
+from .engine import Decoder, Engine
 from .errors import GenerationError, UnsupportedError
+from .generation import Run
 from .info import add_model_arguments, device_name, driver_version
 from .kernel import MAX_ROWS, cached_cubin, has_bulk_copies, max_rows
 from .layout import FORMATS, TILE_ROWS, MatrixLayout
@@ -43,6 +45,7 @@ from .model import (
     make_decoder,
 )
 from .numerics import from_bf16, to_bf16
+from .options import GenerationOptions
 from .packing import (
     LAYER_MATRICES,
     PackedLayer,
@@ -55,6 +58,7 @@ from .packing import (
 from .passes import Work
 from .quant import Quantized
 from .report import ENGINE, Record, Score, records_table, score_line, summary_line, to_json
+from .sampler import Sampler, TokenLogprobs
 from .shapes import SHAPES
 from .tokenizer import Tokenizer
 
@@ -71,6 +75,7 @@ FILLED_POSITIONS = 4096  # of a cache at a time
 QUEUED_PASSES = 200  # on a GPU; the CPU, which nothing is queued for, makes fewer
 CPU_PASSES = 128
 END_TO_END_TOKENS = 128  # on a GPU
+GUESSES = 7  # at a time
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1, "ignore_eos": True}
 BASELINE = Path(__file__).resolve().parent.parent / "tools" / "transformers_baseline.py"
 SCORED_ROWS = 128  # tokens scored at a time, in double
@@ -301,6 +306,7 @@ class Plan:
     rows: list[int] = field(default_factory=list)  # of a pass, for passes of many
     end_to_end: int = 0  # tokens; 0: not measured
     batch: list[int] = field(default_factory=list)  # sequences, a row of each pass for each
+    guesses: int = 0  # tokens of texts that are replayed with guesses; 0: not measured
 
     @property
     def passes(self) -> int:
@@ -312,7 +318,7 @@ class Plan:
         """The context that the longest test needs."""
         spans = [1, *self.prompts, *self.generations, *(self.passes - 1 + rows for rows in self.rows)]
         spans += [self.passes for _ in self.batch]
-        return max(max(self.depths) + max(spans), self.end_to_end + 1)
+        return max(max(self.depths) + max(spans), self.end_to_end + 1, 2 * self.guesses)
 
 
 def time_prompt(decoder: Decoder, tokens: np.ndarray, depth: int) -> float:
@@ -355,6 +361,36 @@ def time_end_to_end(model: Model, tokens: int) -> float:
     return model.generate([0], max_new_tokens=tokens, **SAMPLING).timings.generation_seconds
 
 
+class _Replay(Sampler):
+    """Samples as ever, and then says what it was given."""
+
+    def __init__(
+        self, options: GenerationOptions, prompt: np.ndarray, config: ModelConfig, text: Sequence[int]
+    ) -> None:
+        super().__init__(options, prompt, config.eos_token_ids, config.vocab_size)
+        self._text = iter(text)
+
+    def sample(self, candidates: Candidates) -> tuple[int, TokenLogprobs | None]:
+        _, logprobs = super().sample(candidates)
+        return next(self._text), logprobs
+
+
+def time_replay(
+    decoder: Decoder, tokenizer: Tokenizer, prompt: np.ndarray, text: np.ndarray, guesses: int
+) -> float:
+    """Seconds for the tokens of `text` but the first as if they were sampled, guessed `guesses` at a time."""
+    options = GenerationOptions(max_new_tokens=len(text), prompt_lookup_num_tokens=guesses, **SAMPLING)
+    sampler = _Replay(options, prompt, decoder.config, text.tolist())
+    run = Run(prompt, options, decoder.config, tokenizer, decoder.max_seq_len, sampler)
+    engine = Engine(decoder)
+    engine.start([run], ahead=True)
+    while engine.busy:
+        engine.step()
+    if run.error is not None:
+        raise run.error
+    return run.generation_seconds
+
+
 def _tokenizer(packed: PackedModel) -> Tokenizer:
     """The model's own, or for random weights one with the words t0, t1 and so on."""
     if packed.directory is not None:
@@ -371,10 +407,10 @@ def measure(
 ) -> Iterator[Record]:
     """Check the numbers, then time the tests of `plan`; a record is there as soon as its test is over."""
     # First what can be missing: a directory need not have a tokenizer.
-    tokenizer = _tokenizer(packed) if plan.end_to_end else None
+    tokenizer = _tokenizer(packed) if plan.end_to_end or plan.guesses else None
     rows = _rows_that_fit(packed, shape, plan.rows, max_seq_len, ordinal)
     batch = _rows_that_fit(packed, shape, plan.batch, max_seq_len, ordinal)
-    single = plan.prompts or plan.generations or plan.end_to_end
+    single = plan.prompts or plan.generations or plan.end_to_end or plan.guesses
     if not single and not rows and not batch:
         return
     common = {
@@ -389,6 +425,7 @@ def measure(
         "commit": build_version(),
         "versions": None,
         "over_queued": None,
+        "over_unguessed": None,
     }
     if single:
         with closing(make_decoder(packed, ordinal, max_seq_len)) as decoder:
@@ -401,8 +438,10 @@ def measure(
                 for length in plan.generations:
                     what = {"test": f"tg{length}", "depth": depth}
                     yield _time_passes(packed, decoder, plan, length, 1, common | what)
-            if tokenizer is not None:
+            if plan.end_to_end:
                 yield _end_to_end(packed, decoder, tokenizer, plan, common)
+            if plan.guesses:
+                yield from _replays(decoder, tokenizer, plan, common)
     if rows:
         with closing(_rows_decoder(packed, ordinal, max_seq_len, rows)) as decoder:
             for depth in plan.depths:
@@ -478,6 +517,21 @@ def _end_to_end(
     return _record(common | what, seconds, passes, passes, nbytes)
 
 
+def _replays(decoder: Decoder, tokenizer: Tokenizer, plan: Plan, common: dict[str, Any]) -> Iterator[Record]:
+    """Records of a text that is its prompt with one word changed, and of one that repeats nothing."""
+    prompt, new = (
+        np.random.default_rng(SEED).permutation(decoder.config.vocab_size)[: 2 * plan.guesses].reshape(2, -1)
+    )
+    edit = prompt.copy()
+    edit[len(edit) // 2] = new[0]
+    for name, text in (("edit", edit), ("new", new)):
+        plain = _repeat(plan, time_replay, decoder, tokenizer, prompt, text, 0)
+        seconds = _repeat(plan, time_replay, decoder, tokenizer, prompt, text, GUESSES)
+        ratio = statistics.median(seconds) / statistics.median(plain)
+        what = {"test": f"{name}{plan.guesses}", "depth": 0, "rows": None, "over_unguessed": ratio}
+        yield _record(common | what, seconds, plan.guesses - 1)
+
+
 def _mean_bytes(packed: PackedModel, decoder: Decoder, depths: range, rows: int, sequences: int = 1) -> int:
     unpacked = isinstance(decoder, CPUDecoder)
     return sum(pass_bytes(packed, depth, unpacked, rows, sequences) for depth in depths) // len(depths)
@@ -550,7 +604,7 @@ def compare(
     nbytes = next((record.bytes for record in same), None)
     shared = ("shape", "peak_bytes_per_s", "repetitions", "device", "driver", "commit")
     common = {key: getattr(measured[0], key) for key in shared} | what
-    common |= {"over_queued": None, "logits_error": None}
+    common |= {"over_queued": None, "over_unguessed": None, "logits_error": None}
     for line in done.stdout.splitlines():
         found = json.loads(line)
         other = common | {key: found[key] for key in ("engine", "versions")}
@@ -704,6 +758,8 @@ def _add_test_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = f"new tokens with sampling and text ({END_TO_END_TOKENS} on a GPU, none on the CPU; 0: none)"
     parser.add_argument("--end-to-end", type=int, metavar="N", help=text)
+    text = f"tokens of a prompt, and of texts replayed after it with guesses of {GUESSES} (0: none)"
+    parser.add_argument("--guesses", type=int, default=0, metavar="N", help=text)
     parser.add_argument("-r", "--repetitions", type=_positive, default=5, metavar="N", help="of a test (5)")
     text = "time transformers on each shape too, eager and compiled (needs torch, a GPU and a checkout)"
     parser.add_argument("--compare", action="store_true", help=text)
@@ -771,14 +827,18 @@ def _plan(args: argparse.Namespace, ordinal: int | None) -> Plan:
         sorted({count for count in args.rows if count}),
         end_to_end,
         sorted({count for count in args.batch if count}),
+        args.guesses,
     )
-    if not (plan.prompts or plan.generations or plan.rows or plan.end_to_end or plan.batch):
+    tests = plan.prompts, plan.generations, plan.rows, plan.end_to_end, plan.batch, plan.guesses
+    if not any(tests):
         raise ValueError("nothing to measure: expected tokens from -p or -n, found none")
     for option, counts in (("--rows", plan.rows), ("--batch", plan.batch)):
         if max(counts, default=1) > MAX_ROWS:
             raise ValueError(f"{option}: a pass has 1 to {MAX_ROWS} rows, found {counts[-1]}")
     if plan.batch and not on_gpu:
         raise ValueError("--batch: a GPU expected, found the CPU, which runs its slots one after the other")
+    if plan.guesses < 0 or plan.guesses == 1:
+        raise ValueError(f"--guesses: expected 2 tokens or more, or 0 for none, found {plan.guesses}")
     if end_to_end < 0 or end_to_end == 1:
         raise ValueError(f"--end-to-end: expected 2 tokens or more, or 0 for none, found {end_to_end}")
     return plan

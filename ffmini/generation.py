@@ -98,8 +98,9 @@ class Run:
         config: ModelConfig,
         tokenizer: Tokenizer,
         max_seq_len: int,
+        sampler: Sampler | None = None,
     ) -> None:
-        """`prompt`: token ids, int64 [n], 0 < n <= max_seq_len."""
+        """`prompt`: token ids, int64 [n], 0 < n <= max_seq_len; `sampler`: instead of one by the options."""
         self.prompt = prompt
         self.finish_reason: str | None = None  # set by the last `show` at the latest
         self.error: GenerationError | None = None
@@ -109,7 +110,7 @@ class Run:
         self.cached = 0  # of them those that were there before
         self.prompt_seconds = self.generation_seconds = 0.0
         self._budget = min(options.max_new_tokens, max_seq_len - len(prompt))
-        self._sampler = Sampler(options, prompt, config.eos_token_ids, config.vocab_size)
+        self._sampler = sampler or Sampler(options, prompt, config.eos_token_ids, config.vocab_size)
         self._pieces = tokenizer.stream(prompt.tolist())
         self._filter = StopFilter(options.stop)
         self._has_stops = len(options.stop) > 0

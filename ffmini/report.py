@@ -20,7 +20,7 @@ class Record:
     shape: str
     dtype: str
     engine: str  # ENGINE, or what else ran the shape
-    test: str  # pp<tokens>, tg<tokens>, rows<rows of a pass>, batch<sequences>, e2e<tokens>
+    test: str  # pp<tokens>, tg<tokens>, rows<rows of a pass>, batch<sequences>, (e2e, edit, new)<tokens>
     depth: int  # positions in the cache before the test
     rows: int | None  # of a pass
     tokens_per_s: float
@@ -31,6 +31,7 @@ class Record:
     peak_bytes_per_s: float
     fraction: float | None  # of the peak
     over_queued: float | None  # end to end: its time over that of queued passes at the same positions
+    over_unguessed: float | None  # edit, new: its time over that of the same text without guesses
     logits_error: float | None  # see check_logits; None for other engines, whose numbers are not checked
     repetitions: int
     device: str
@@ -104,7 +105,8 @@ def records_table(records: Sequence[Record]) -> str:
             f"| {record.shape} | {record.dtype} | {record.engine} | {_test(record)} | {rate} | "
             f"{record.us_per_token:.1f} | {a_pass} | {reads} |"
         )
-    notes = [*_depth_notes(records), *_end_to_end_notes(records), *_engine_notes(records)]
+    notes = [*_depth_notes(records), *_end_to_end_notes(records)]
+    notes += [*_guess_notes(records), *_engine_notes(records)]
     return "\n".join([*lines, "", *notes, *_common_lines(records)])
 
 
@@ -138,6 +140,15 @@ def _end_to_end_notes(records: Iterable[Record]) -> list[str]:
         f"{record.shape} {record.dtype} {record.test}: {record.over_queued:.3f} times the queued passes"
         for record in records
         if record.over_queued is not None
+    ]
+
+
+def _guess_notes(records: Iterable[Record]) -> list[str]:
+    return [
+        f"{record.shape} {record.dtype} {record.test}: {record.over_unguessed:.3f} times the time without "
+        "guesses"
+        for record in records
+        if record.over_unguessed is not None
     ]
 
 

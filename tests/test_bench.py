@@ -36,9 +36,10 @@ from ffmini.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 TINY = tiny_config("llama2", intermediate_size=176)
-PLAN = Plan(prompts=[5], generations=[3], depths=[0, 7], repetitions=2, rows=[2, 5], end_to_end=4)
+PLAN = Plan([5], [3], depths=[0, 7], repetitions=2, rows=[2, 5], end_to_end=4, guesses=6)
 TESTS = [
     *[("pp5", 0), ("tg3", 0), ("pp5", 7), ("tg3", 7), ("e2e4", 0)],
+    *[("edit6", 0), ("new6", 0)],
     *[("rows2", 0), ("rows5", 0), ("rows2", 7), ("rows5", 7)],
 ]
 KEYS = (
@@ -255,7 +256,8 @@ def check_records(records: list[bench.Record], packed: bench.PackedModel, unpack
         assert record.peak_bytes_per_s > 1e8 and record.logits_error < bench.TOLERANCE
         assert record.tokens_per_s * record.us_per_token == pytest.approx(1e6)  # both from the median
         assert (record.over_queued is not None) == (record.test == "e2e4")
-        if record.test == "pp5":
+        assert (record.over_unguessed is not None) == (record.test in ("edit6", "new6"))
+        if record.test in ("pp5", "edit6", "new6"):
             assert (record.rows, record.us_per_pass, record.bytes, record.fraction) == (None,) * 4
             continue
         assert record.rows == int(record.test.removeprefix("rows")) if "rows" in record.test else 1
@@ -289,7 +291,8 @@ def test_measured_passes_are_the_ones_named(monkeypatch):
 
     monkeypatch.setattr(bench, "check_logits", lambda *_: 0.0)
     monkeypatch.setattr(bench, "make_decoder", lambda packed, _, length: Recorder(packed, length))
-    list(measure(random_model(config_of(TINY), "bf16"), "tiny", PLAN, 32, None))
+    plan = dataclasses.replace(PLAN, guesses=0)
+    list(measure(random_model(config_of(TINY), "bf16"), "tiny", plan, 32, None))
     expected = []
     for depth in (0, 7):
         expected += 3 * [(5, depth)] + 3 * [(1, depth), (1, depth + 1), (1, depth + 2)]
@@ -331,7 +334,8 @@ def test_a_batch_is_queued():
         "commit",
         "versions",
     }
-    common = dict.fromkeys(given | {"over_queued"}) | {"peak_bytes_per_s": 1e9, "depth": 7, "test": "batch3"}
+    common = dict.fromkeys(given | {"over_queued", "over_unguessed"})
+    common |= {"peak_bytes_per_s": 1e9, "depth": 7, "test": "batch3"}
     record = bench._time_batch(packed, decoder, plan, 3, common)
     assert record.us_per_pass == pytest.approx(3 * record.us_per_token) and record.rows == 3
     assert record.bytes == pass_bytes(packed, 7, rows=3, sequences=3) + (
@@ -507,6 +511,7 @@ def test_output_file_that_cannot_be_written_is_known_first(tmp_path, capsys):
         ([*QUICK, "--rows", "1,9"], 1, "--rows: a pass has 1 to 8 rows, found 9"),
         ([*QUICK, "--batch", "9"], 1, "--batch: a pass has 1 to 8 rows, found 9"),
         ([*QUICK, "--batch", "2", "--device", "cpu"], 1, "--batch: a GPU expected, found the CPU"),
+        ([*QUICK, "--guesses", "1"], 1, "--guesses: expected 2 tokens or more, or 0 for none, found 1"),
         ([*QUICK, "--end-to-end", "1"], 1, "--end-to-end: expected 2 tokens or more, or 0 for none, found 1"),
     ],
 )
@@ -560,6 +565,12 @@ def test_note_on_end_to_end():
     ]
 
 
+def test_note_on_guesses():
+    assert notes(record_of(test="edit128", over_unguessed=0.375)) == [
+        "s bf16 edit128: 0.375 times the time without guesses"
+    ]
+
+
 def test_note_on_other_engines():
     other = record_of(engine="transformers", versions="v 1", us_per_token=500.0, logits_error=None)
     mine = [record_of(), record_of(dtype="int4", us_per_token=100.0), record_of(shape="t", us_per_token=1.0)]
@@ -568,6 +579,29 @@ def test_note_on_other_engines():
     ]
     (line,) = notes(mine[2], other)
     assert line.endswith("500.0 us per token, nothing of ffmini to compare")
+
+
+class Counting(CPUDecoder):
+    """Counts the passes that are begun."""
+
+    passes = 0
+
+    def begin(self, works: Any, ahead: bool = False) -> None:
+        self.passes += 1
+        super().begin(works, ahead)
+
+
+def test_a_replay_says_the_text_whatever_the_model_says():
+    """Guesses that come true save passes; a text that repeats nothing takes one for each token."""
+    decoder = Counting(random_model(config_of(TINY), "bf16"), 80)
+    tokenizer = bench._tokenizer(random_model(config_of(TINY), "bf16"))
+    prompt, new = np.arange(20, 50), np.arange(100, 130)
+    passes = []
+    for text, guesses in ((prompt, 0), (prompt, 7), (new, 7)):
+        decoder.passes = 0
+        assert bench.time_replay(decoder, tokenizer, prompt, text, guesses) > 0
+        passes.append(decoder.passes)
+    assert passes[0] == passes[2] == 30 and passes[1] < 12
 
 
 # ---- what a user would pick instead --------------------------------------------------------------------
