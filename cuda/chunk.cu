@@ -132,6 +132,7 @@ struct Chunk : Place {
         return !sync_threads_or<CHUNK_THREADS>(!came);
     }
 };
+
 // Shares `units` out among the grid's warps, neighbours to the warps of a block.
 template <class Body>
 __device__ __forceinline__ void for_warps(int units, Body body) {
