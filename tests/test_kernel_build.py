@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from ffmini.errors import DeviceError
 from ffmini.model import bundled_model_path
 from ffmini.packing import make_layouts
 from ffmini.shapes import SHAPES
-from tools.kernel_report import DEVICES, KINDS, report
+from tools.kernel_report import DEVICES, report
 
 NAMES = [*SHAPES, "bundled"]
 FORMATS = ("bf16", "int8", "int4")
@@ -23,9 +22,13 @@ MAX_SECONDS = 20
 
 
 def a_cover() -> list[tuple[str, str, str, str]]:
-    """Every architecture with every format and with all kinds, every shape with all of them once."""
-    pairs = itertools.product(enumerate(DEVICES), enumerate(FORMATS))
-    return [(arch, NAMES[(i + j) % len(NAMES)], dtype, KINDS[(i + j) % 3]) for (i, arch), (j, dtype) in pairs]
+    """Every architecture with a chunk and a pass; every format with every kind; wgmma with all formats."""
+    wgmma = [("sm_90", "llama-3.1-8b", dtype, "chunk") for dtype in ("bf16", "int4")]
+    return wgmma + [
+        (arch, NAMES[(i + j) % len(NAMES)], FORMATS[(i + j) % 3], kind)
+        for i, arch in enumerate(DEVICES)
+        for j, kind in enumerate(("chunk", ("one", "many")[i % 2]))
+    ]
 
 
 @pytest.mark.parametrize(("arch", "name", "dtype", "kind"), a_cover())

@@ -48,8 +48,9 @@ def form_of(name: str, dtype: str, arch: str, exchanges: int) -> Form:
 # ---- builds --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exchanges", [0, 2, 5])
-@pytest.mark.parametrize(("name", "dtype"), [*zip(SHAPES, ("bf16", "int8", "int4"), strict=True)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "exchanges"), [*zip(SHAPES, ("bf16", "int8", "int4"), (0, 2, 5), strict=True)]
+)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_the_skeleton_has_no_spills(arch: str, name: str, dtype: str, exchanges: int) -> None:
     limit, blocks = DEVICES[arch]
