@@ -541,7 +541,8 @@ class SimDecoder(SimKernel):
 class SimChunk(SimKernel):
     """Chunks of up to `rows` rows of prompts of a SimDecoder's model, with its cache; as the GPU runs them.
 
-    With `wgmma` it is the build for sm_90. With `lost_arrival` the blocks' arrivals at their meetings are lost but for so many of the first.
+    With `wgmma` it is the build for sm_90. With `lost_arrival` the blocks' arrivals at their meetings are
+    lost but for so many of the first.
     """
 
     def __init__(
