@@ -425,6 +425,7 @@ WGMMA_MISTAKES: dict[str, list[Change]] = {
 }
 # 3: a block starves; 28: some copies land late, 0 and 56: all; 6: a warp is far behind
 MUTATION_SEEDS = (3, 0, 28, 56, 6)
+WGMMA_SEEDS = (3, 0, 52, 56, 6)  # 52: as 28, and a warp is far behind
 
 
 Run = tuple[int, list[int], bool]  # what Both.run() takes
@@ -480,11 +481,11 @@ def wgmma_builds(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> list[M
     """Some of the builds as sm_90 has them, each with two panels of columns."""
     cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", WGMMA_SOURCES, WGMMA_MISTAKES)
     builds = [
-        # Groups of 128; o_proj has three stages, of which the last is cut short.
-        (both_of(pack, "llama2", "int8", WGMMA_LIMIT, wgmma=True, cuda=cuda), 66),
+        # Groups of 128; o_proj has as many stages as the ring has places, of which the last is cut short.
+        (both_of(pack, "llama2", "int8", wgmma=True, cuda=cuda), 66),
         (both_of(pack, "llama_biases", "bf16", WGMMA_LIMIT, wgmma=True, cuda=cuda), 130),
-        # Groups of 32, and a ring of three stages.
-        (Both(pack(MANY_SPLITS), MANY_POSITIONS, wgmma=True, cuda=cuda), 66),
+        # Groups of 32.
+        (Both(pack(MANY_SPLITS), MANY_POSITIONS, limit=WGMMA_LIMIT, wgmma=True, cuda=cuda), 66),
     ]
     return [Mutable(both, WGMMA_MISTAKES, [(0, [rows], False)]) for both, rows in builds]
 
@@ -500,10 +501,10 @@ def test_no_mutation_is_right(mutable: Mutable) -> None:
     assert mutable.leaves(None)
 
 
-def test_no_wgmma_mutation_is_right(wgmma_builds: list[Mutable]) -> None:
-    """Nor is it behind other rows, whose positions are in two blocks, or after fewer of them."""
+def test_same_bits_with_wgmma(wgmma_builds: list[Mutable]) -> None:
+    """The bits are those of passes; behind cached positions too, and in fewer rows after more or less."""
     for one in wgmma_builds:
-        assert not any(one.is_wrong(None, seed) for seed in MUTATION_SEEDS)
+        assert not any(one.is_wrong(None, seed) for seed in WGMMA_SEEDS)
         assert one.leaves(None)
         one.both.check(247, {(1, 29): [11], (3, 32): [2, 9], (3, 60): [11]})
 
@@ -517,7 +518,7 @@ def test_mutation_is_found(mutable: Mutable, name: str) -> None:
 @pytest.mark.parametrize("name", WGMMA_MISTAKES)
 def test_wgmma_mutation_is_found(wgmma_builds: list[Mutable], name: str) -> None:
     """A mistake is found in one of the builds."""
-    assert any(one.is_wrong(name, seed) for seed in MUTATION_SEEDS for one in wgmma_builds)
+    assert any(one.is_wrong(name, seed) for seed in WGMMA_SEEDS for one in wgmma_builds)
 
 
 @pytest.mark.parametrize("name", LEAVING)
