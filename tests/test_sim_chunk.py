@@ -51,6 +51,7 @@ BUILDS = {
     ("llama3.1", "int8"): LARGE_SHARED_LIMIT,  # groups of 32, head_dim 128; 200 columns
     ("llama3.1", "int4"): SHARED_LIMIT,  # 16 heads to a KV head: two units
 }
+WGMMA_LIMIT = 227 * 1024  # of sm_90
 MANY_SPLITS = Case(
     "qwen2",
     "int4",
@@ -113,13 +114,16 @@ class Both:
         max_seq_len: int = MAX_SEQ_LEN,
         *,
         limit: int = SHARED_LIMIT,
+        wgmma: bool = False,
         cuda: Path | None = None,
         coverage: bool = False,
         **options: int,
     ) -> None:
-        """`limit`: of the chunk's shared memory; `options`: the pass's."""
+        """`limit`: of the chunk's shared memory; `wgmma`: its build for sm_90; `options`: the pass's."""
         self.passes = SimDecoder(packed, max_seq_len, num_slots=2, **options)
-        self.chunk = SimChunk(self.passes, rows=CHUNK_ROWS, shared_limit=limit, cuda=cuda, coverage=coverage)
+        self.chunk = SimChunk(
+            self.passes, rows=CHUNK_ROWS, shared_limit=limit, wgmma=wgmma, cuda=cuda, coverage=coverage
+        )
         self.tokens = case_tokens(packed, CHUNK_ROWS)
 
     def run(
@@ -150,11 +154,24 @@ class Both:
             assert found.is_same(expected), (start, self.chunk.blocks, self.chunk.seed)
 
 
-def both_of(pack: Pack, family: str, dtype: str) -> Both:
-    """Those of BUILDS."""
+def both_of(
+    pack: Pack,
+    family: str,
+    dtype: str,
+    limit: int | None = None,
+    wgmma: bool = False,
+    cuda: Path | None = None,
+) -> Both:
+    """Those of BUILDS; `limit`: unless it is theirs."""
     index, build = next((i, b) for i, b in enumerate(COVER) if b[:2] == (family, dtype))
-    limit = BUILDS[family, dtype]
-    return Both(pack(build.case()), limit=limit, rows=build.prompt[0], bulk_copies=index % 2 == 0)
+    return Both(
+        pack(build.case()),
+        limit=limit or BUILDS[family, dtype],
+        wgmma=wgmma,
+        cuda=cuda,
+        rows=build.prompt[0],
+        bulk_copies=index % 2 == 0,
+    )
 
 
 # ---- the numbers ---------------------------------------------------------------------------------------
@@ -292,7 +309,7 @@ MUTATIONS: dict[str, Edit] = {
     ),
 }
 SOURCES = sources_of("chunk.cu")
-del SOURCES["panels_wgmma.cuh"]  # for sm_90 alone, which is not simulated
+WGMMA_SOURCES = {"panels_wgmma.cuh": SOURCES.pop("panels_wgmma.cuh")}  # of the build for sm_90 alone
 BARRIERS = find_barriers(SOURCES)
 # Barriers whose lack no schedule shows: the file, the end of what stands before one, and why.
 UNSEEN = [
@@ -320,25 +337,113 @@ FOUND: dict[str, list[Change]] = {
     **{f"no barrier {place}": [barrier_change(place, BARRIERS[place])] for place in SEEN},
 }
 MISTAKES = FOUND | LEAVING
+
+
+def wgmma_edit(old: str, new: str, within: str = "") -> Edit:
+    return Edit("panels_wgmma.cuh", old, new, within)
+
+
+WGMMA_MUTATIONS: dict[str, Edit] = {
+    # The ring.
+    "a stage not waited for": wgmma_edit("await_copy(state_.full + place_, parity_)", "void()"),
+    "a place not waited for": wgmma_edit("await_copy(state_.empty + place_, parity_ ^ 1)", "void()"),
+    "a place's other phase": wgmma_edit(
+        "await_copy(state_.empty + place_, parity_ ^ 1)", "await_copy(state_.empty + place_, parity_)"
+    ),
+    "always the first phases": wgmma_edit("parity_ ^= 1", "0"),
+    "one place more": wgmma_edit("++place_ == PANEL_STAGES", "++place_ == PANEL_STAGES + 1"),
+    "a thread's copies not waited for": wgmma_edit(
+        "copy_async_arrive(state_.full + place_)", "mbarrier_arrive(state_.full + place_)"
+    ),
+    "no arrival of copies": wgmma_edit("copy_async_arrive(state_.full + place_)", "void()"),
+    "an arrival less for a stage": wgmma_edit("FETCHING_THREADS + 1", "FETCHING_THREADS"),
+    "a warp less for a place": wgmma_edit("PANEL_WARPS", "PANEL_WARPS - 1", "state_.empty + i, PANEL_WARPS"),
+    "a place never given back": wgmma_edit("mbarrier_arrive(state_.empty + place_)", "void()"),
+    "operands not announced": wgmma_edit(
+        "mbarrier_arrive_expect(state_.full + place_, STAGE_OPERANDS)",
+        "mbarrier_arrive(state_.full + place_)",
+    ),
+    "half of the operands": wgmma_edit("STAGE_OPERANDS", "STAGE_OPERANDS / 2", "STAGE_OPERANDS,\n"),
+    "the first stage's operands": wgmma_edit("k / STAGE_K * STAGE_OPERANDS", "0"),
+    "the first columns' operands": wgmma_edit(
+        "panels.column_panel(panel)", "0", "panels.column_panel(panel)) * PANEL_OPERANDS"
+    ),
+    "all warps fetch the same tiles": wgmma_edit("(threadIdx.x - PANEL_THREADS) / 32 * TILES", "0"),
+    "tiles that do not exist": wgmma_edit("M::TILES - 1", "M::TILES + 7"),
+    # Products.
+    "the descriptor's distances": wgmma_edit(
+        "operand_descriptor(stage, CORE_BYTES, 128)", "operand_descriptor(stage, 128, CORE_BYTES)"
+    ),
+    "columns of another half": wgmma_edit("2 * step * CORE_BYTES", "step * CORE_BYTES"),
+    "columns of the first piece": wgmma_edit("piece * PIECE_BYTES", "0"),
+    "weights of the first piece": wgmma_edit("piece", "0", "% 32 * 16, piece,"),
+    "weights of the first tile": wgmma_edit("place.tile", "0"),
+    "products never begin": wgmma_edit("!Share<M>::begins(k + in_stage)", "true"),
+    "products always begin": wgmma_edit("!Share<M>::begins(k + in_stage)", "false"),
+    "a group's products not waited for": wgmma_edit(
+        "wgmma_wait<0>()", "wgmma_wait<1>()", "wgmma_wait<0>();\n                share"
+    ),
+    "a stage's products not waited for": wgmma_edit(
+        "wgmma_wait<0>()", "wgmma_wait<1>()", "wgmma_wait<0>();\n}"
+    ),
+    "a group's products not closed": wgmma_edit(
+        "wgmma_commit()", "void()", "wgmma_commit();\n                if (last)"
+    ),
+    "no fence before a stage": wgmma_edit("wgmma_fence()", "void()", "wgmma_fence();\n#pragma unroll"),
+    "no fence before a group": wgmma_edit(
+        "wgmma_fence()", "void()", "return;\n                wgmma_fence()"
+    ),
+    "the matrix ends with a stage": wgmma_edit("k + piece * PIECE_K >= M::K_PAD", "false"),
+    "the first group's scales": wgmma_edit("in_stage", "0", "lines, in_stage)"),
+    "the first group's sum": wgmma_edit("(k + in_stage) / M::GROUP", "0"),
+    "segments added at the end": wgmma_edit("(k + STAGE_K) % SEGMENT == 0", "false"),
+    "all warps have the first tile": wgmma_edit(
+        "panels.first_tile(panel) + warp.tile", "panels.first_tile(panel)"
+    ),
+    # Turns.
+    "a turn not taken": wgmma_edit("wait_for_turn()", "void()", "wait_for_turn();\n    wgmma_fence()"),
+    "a turn not passed on": wgmma_edit("end_turn()", "void()", "if (last) end_turn()"),
+    "a turn passed on to oneself": wgmma_edit("1 - threadIdx.x / 128", "threadIdx.x / 128"),
+    "no group begins": wgmma_edit("threadIdx.x >= 128", "false"),
+    "the last turn not taken": wgmma_edit("threadIdx.x < 128", "false"),
+}
+WGMMA_BARRIERS = find_barriers(WGMMA_SOURCES)
+WGMMA_UNSEEN = [
+    # The blocks meet before the ring is used.
+    ("panels_wgmma.cuh", "mbarrier_init_fence();\n        }\n"),
+    # All lanes have waited for the place themselves.
+    ("panels_wgmma.cuh", "state_.full + place_);\n                }\n"),
+]
+WGMMA_SEEN = [
+    place
+    for place in WGMMA_BARRIERS
+    if place not in {place_after(WGMMA_SOURCES, *barrier) for barrier in WGMMA_UNSEEN}
+]
+WGMMA_MISTAKES: dict[str, list[Change]] = {
+    **{name: [change(WGMMA_SOURCES, edit)] for name, edit in WGMMA_MUTATIONS.items()},
+    **{f"no barrier {place}": [barrier_change(place, WGMMA_BARRIERS[place])] for place in WGMMA_SEEN},
+}
 # 3: a block starves; 28: some copies land late, 0 and 56: all; 6: a warp is far behind
 MUTATION_SEEDS = (3, 0, 28, 56, 6)
+WGMMA_SEEDS = (3, 0, 52, 56, 6)  # 52: as 28, and a warp is far behind
+
+
+Run = tuple[int, list[int], bool]  # what Both.run() takes
 
 
 class Mutable:
-    """A build with switches, what it must compute and whether it does."""
+    """A build with switches, what it must compute in some runs and whether it does."""
 
-    def __init__(self, packed: PackedModel, cuda: Path) -> None:
-        self.both = Both(packed, MANY_POSITIONS, limit=LARGE_SHARED_LIMIT, cuda=cuda)
+    def __init__(self, both: Both, mistakes: dict[str, list[Change]], runs: list[Run]) -> None:
+        self.both, self.mistakes, self.runs = both, list(mistakes), runs
         self.expected = list(self.results(self.both.passes))
 
     def results(self, kernel: SimDecoder | SimChunk) -> Iterator[Said]:
-        """Of two panels of columns, of many partial softmaxes."""
-        yield self.both.run(kernel, 0, [66])
-        yield self.both.run(kernel, FAR, [5], balanced=True)
+        return (self.both.run(kernel, *run) for run in self.runs)
 
     def start(self, name: str | None, seed: int) -> None:
         chunk = self.both.chunk
-        chunk.set_word("sim_mutation", -1 if name is None else list(MISTAKES).index(name))
+        chunk.set_word("sim_mutation", -1 if name is None else self.mistakes.index(name))
         chunk.seed, chunk.blocks = seed, 1 + 2 * (seed % 2)
 
     def is_wrong(self, name: str | None, seed: int) -> bool:
@@ -366,7 +471,23 @@ class Mutable:
 @pytest.fixture(scope="module")
 def mutable(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Mutable:
     cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", SOURCES, MISTAKES)
-    return Mutable(pack(MANY_SPLITS), cuda)
+    both = Both(pack(MANY_SPLITS), MANY_POSITIONS, limit=LARGE_SHARED_LIMIT, cuda=cuda)
+    # Two panels of columns, many partial softmaxes.
+    return Mutable(both, MISTAKES, [(0, [66], False), (FAR, [5], True)])
+
+
+@pytest.fixture(scope="module")
+def wgmma_builds(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> list[Mutable]:
+    """Some of the builds as sm_90 has them, each with two panels of columns."""
+    cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", WGMMA_SOURCES, WGMMA_MISTAKES)
+    builds = [
+        # Groups of 128; o_proj has as many stages as the ring has places, of which the last is cut short.
+        (both_of(pack, "llama2", "int8", wgmma=True, cuda=cuda), 66),
+        (both_of(pack, "llama_biases", "bf16", WGMMA_LIMIT, wgmma=True, cuda=cuda), 130),
+        # Groups of 32.
+        (Both(pack(MANY_SPLITS), MANY_POSITIONS, limit=WGMMA_LIMIT, wgmma=True, cuda=cuda), 66),
+    ]
+    return [Mutable(both, WGMMA_MISTAKES, [(0, [rows], False)]) for both, rows in builds]
 
 
 @pytest.fixture
@@ -380,10 +501,24 @@ def test_no_mutation_is_right(mutable: Mutable) -> None:
     assert mutable.leaves(None)
 
 
+def test_same_bits_with_wgmma(wgmma_builds: list[Mutable]) -> None:
+    """The bits are those of passes; behind cached positions too, and in fewer rows after more or less."""
+    for one in wgmma_builds:
+        assert not any(one.is_wrong(None, seed) for seed in WGMMA_SEEDS)
+        assert one.leaves(None)
+        one.both.check(247, {(1, 29): [11], (3, 32): [2, 9], (3, 60): [11]})
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_mutation_is_found(mutable: Mutable, name: str) -> None:
     """A mistake leaves something else, or an error, under one of a few seeds."""
     assert any(mutable.is_wrong(name, seed) for seed in MUTATION_SEEDS)
+
+
+@pytest.mark.parametrize("name", WGMMA_MISTAKES)
+def test_wgmma_mutation_is_found(wgmma_builds: list[Mutable], name: str) -> None:
+    """A mistake is found in one of the builds."""
+    assert any(one.is_wrong(name, seed) for seed in WGMMA_SEEDS for one in wgmma_builds)
 
 
 @pytest.mark.parametrize("name", LEAVING)
@@ -393,4 +528,5 @@ def test_a_bad_leave_is_found(mutable: Mutable, name: str) -> None:
 
 def test_all_barriers_and_meetings_are_mutated() -> None:
     assert count_barriers(SOURCES) == len(BARRIERS) == len(SEEN) + len(UNSEEN)
+    assert count_barriers(WGMMA_SOURCES) == len(WGMMA_BARRIERS) == len(WGMMA_SEEN) + len(WGMMA_UNSEEN)
     assert SOURCES["chunk.cu"].count("chunk.meet(") == len(MEETINGS) + 1

@@ -80,7 +80,7 @@ inline int __popc(uint32_t x) {
 }
 
 inline void __syncthreads(SIM_SITE) {
-    sim::machine.barrier(0, false, {"__syncthreads", file, line});
+    sim::machine.barrier(sim::SYNC_THREADS, 0, false, {"__syncthreads", file, line});
 }
 
 inline void __syncwarp(uint32_t mask = sim::ALL_LANES, SIM_SITE) {

@@ -541,7 +541,8 @@ class SimDecoder(SimKernel):
 class SimChunk(SimKernel):
     """Chunks of up to `rows` rows of prompts of a SimDecoder's model, with its cache; as the GPU runs them.
 
-    With `lost_arrival` the blocks' arrivals at their meetings are lost but for so many of the first.
+    With `wgmma` it is the build for sm_90. With `lost_arrival` the blocks' arrivals at their meetings are
+    lost but for so many of the first.
     """
 
     def __init__(
@@ -552,12 +553,14 @@ class SimChunk(SimKernel):
         blocks: int = 3,
         seed: int = 0,
         shared_limit: int = SHARED_LIMIT,
+        wgmma: bool = False,
         cuda: Path | None = None,
         coverage: bool = False,
     ) -> None:
         self.decoder, self.rows = decoder, rows
         self.lost_arrival: int | None = None
         changes = {"CHUNK_ROWS": str(rows), "SHARED_LIMIT": str(shared_limit), "SIM_CHUNK": "1"}
+        changes["WGMMA"] = str(int(wgmma))
         super().__init__(decoder.defines | changes, blocks, seed, cuda, coverage)
         fields = {name: CHUNK_ARGS[name] for name in CHUNK_ARGS.names} | {"tokens": ("<i4", (rows,))}
         self._args = np.zeros((), np.dtype(list(fields.items()), align=True))

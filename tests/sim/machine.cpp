@@ -44,6 +44,7 @@ void Machine::run(const Options& options, size_t shared_bytes, int threads, void
     sights_.clear();
     pollers_.clear();
     bulk_copies_.clear();
+    late_arrivals_.clear();
     barriers_.clear();
     stores_ = 0;
     before_lost_ = options.before_lost;
@@ -94,9 +95,12 @@ void Machine::add_block(size_t shared_bytes, int threads) {
 
 void Machine::start(Block& block, size_t shared_bytes) {
     memset(block.shared.data, 0xff, shared_bytes);  // NaN as a float and as two bf16
-    block.all = block.some = {};
+    for (BlockBarrier& barrier : block.barriers) barrier = {};
     block.lanes_left = static_cast<int>(block.lanes.size());
-    for (Warp& warp : block.warps) warp.meetings.clear();
+    for (Warp& warp : block.warps) {
+        warp.meetings.clear();
+        warp.products.assign(1, {});
+    }
     for (Lane& lane : block.lanes) {
         lane.starved =
             block.index == policy_.starved_block || lane.thread / WARP_LANES == policy_.starved_warp;
@@ -105,6 +109,9 @@ void Machine::start(Block& block, size_t shared_bytes) {
         lane.polls = lane.looks = 0;
         lane.copies.assign(1, {});
         lane.landed.clear();
+        lane.arrivals.clear();
+        lane.specialised = lane.fenced = false;
+        std::fill_n(lane.came, NUM_BARRIERS, 0);
         lane.fiber.prepare(lane_main, lane.thread + block.index);
         make_ready(lane);
     }
@@ -122,7 +129,7 @@ void Machine::lane_main() {
 // No copy may be under way when its lane, or the block that it writes to, has left the kernel.
 void Machine::check_copies_landed() {
     Lane& lane = *current_;
-    size_t under_way = 0;
+    size_t under_way = lane.arrivals.size();
     for (const auto& group : lane.copies) under_way += group.size();
     if (--lane.block->lanes_left == 0) {
         for (const BulkCopy& copy : bulk_copies_) under_way += copy.block == lane.block->index;
@@ -143,7 +150,7 @@ Lane* Machine::choose_lane() {
     if (!policy_.stores_last && !sights_.empty() && random_.below(policy_.store_delay) == 0) {
         show_some_store();
     }
-    if (!bulk_copies_.empty() && policy_.copies_late < 256 && random_.below(16) == 0) land_some_copy();
+    if (copies_under_way() > 0 && policy_.copies_late < 256 && random_.below(16) == 0) land_some_copy();
     std::deque<Lane*>& list = ready_[0].empty() ? ready_[1] : ready_[0];
     if (list.empty()) return nullptr;
     if (policy_.order == Policy::ANY_ORDER) {
@@ -205,7 +212,7 @@ void Machine::fail(const Site& site, const char* format, ...) {
 // Nothing can run: lands a copy or shows a store, or lets all polls be made once more, or ends the run. False
 // at the end.
 bool Machine::idle() {
-    if (!bulk_copies_.empty() && (sights_.empty() || random_.chance(128))) {
+    if (copies_under_way() > 0 && (sights_.empty() || random_.chance(128))) {
         land_some_copy();
         return true;
     }
@@ -253,32 +260,81 @@ std::string Machine::who_waits() const {
 
 // ---- barriers ----
 
-bool Machine::barrier(int count, bool value, const Site& site) {
+// The lane comes to a barrier of its block.
+BlockBarrier& Machine::come(int number, int& count, const Site& site) {
     Lane& lane = *current_;
-    BlockBarrier& barrier = count == 0 ? lane.block->all : lane.block->some;
+    BlockBarrier& barrier = lane.block->barriers[number];
     if (count == 0) count = static_cast<int>(lane.block->lanes.size());
     idle_rounds_ = 0;
     release_copies();
     if (lane.thread >= count) fail(site, "only the first %d threads meet here", count);
-    if (!barrier.waiting.empty() && !(barrier.site == site)) {
-        fail(site, "%zu threads of the block are in %s of line %d", barrier.waiting.size(), barrier.site.op,
-             barrier.site.line);
+    if (barrier.came > 0 && barrier.count != count) {
+        fail(site, "others of the block are in a meeting of %d threads", barrier.count);
     }
-    barrier.site = site;
+    if (lane.came[number] == barrier.meeting) fail(site, "the thread has come to this meeting before");
+    lane.came[number] = barrier.meeting;
+    barrier.count = count;
+    ++barrier.came;
+    return barrier;
+}
+
+void Machine::end_meeting(BlockBarrier& barrier) {
+    barrier.result = barrier.any;
+    barrier.any = false;
+    barrier.came = 0;
+    ++barrier.meeting;
+    for (Site& where : barrier.sites) where = {};
+    for (Lane* other : barrier.waiting) make_ready(*other);
+    barrier.waiting.clear();
+}
+
+bool Machine::barrier(int number, int count, bool value, const Site& site) {
+    Lane& lane = *current_;
+    // Nobody waits for them any more where the block does something else.
+    if (number < FIRST_TURN && lane.warp->multiplies()) fail(site, "products are under way");
+    BlockBarrier& barrier = come(number, count, site);
+    // Warps that do something else are in a line of their own.
+    Site& where = barrier.sites[lane.specialised];
+    if (where.op != nullptr && !(where == site)) {
+        fail(site, "%zu threads of the block are in %s of line %d", barrier.waiting.size(), where.op,
+             where.line);
+    }
+    where = site;
     barrier.any |= value;
-    if (static_cast<int>(barrier.waiting.size()) + 1 < count) {
+    if (barrier.came < count) {
         barrier.waiting.push_back(&lane);
         lane.site = site;
         lane.mask = 0;
         leave(Lane::WAITS);
         return barrier.result;
     }
-    const bool result = barrier.result = barrier.any;
-    barrier.any = false;
-    for (Lane* other : barrier.waiting) make_ready(*other);
-    barrier.waiting.clear();
+    end_meeting(barrier);
+    const bool result = barrier.result;
     yield(false);
     return result;
+}
+
+void Machine::barrier_pass(int number, int count, const Site& site) {
+    BlockBarrier& barrier = come(number, count, site);
+    if (barrier.came == count) end_meeting(barrier);
+    yield(false);
+}
+
+// ---- products of a warp ----
+
+void Machine::start_product(Warp& warp, const Product& product) {
+    if (warp.multiplies() || random_.chance(policy_.copies_late)) {
+        warp.products.back().push_back(product);  // they are made one after the other
+    } else {
+        product.multiply(product);
+    }
+}
+
+void Machine::finish_products(Warp& warp, size_t pending) {
+    while (warp.products.size() > pending + 1) {
+        for (const Product& product : warp.products.front()) product.multiply(product);
+        warp.products.pop_front();
+    }
 }
 
 // ---- relaxed loads and stores ----
@@ -438,7 +494,7 @@ void Machine::copy_wait(size_t pending) {
     yield(false);
 }
 
-// ---- bulk copies ----
+// ---- copies that barriers in shared memory count ----
 
 CountingBarrier& Machine::counting(const void* barrier, const Site& site) {
     const auto found = barriers_.find(barrier);
@@ -461,6 +517,39 @@ void Machine::barrier_arrive(const void* barrier, uint32_t bytes, const Site& si
     --state.left;
     state.missing_bytes += bytes;
     end_phase(state, barrier, current_->block->index);
+}
+
+void Machine::copy_arrive(const void* barrier, const Site& site) {
+    counting(barrier, site);
+    Lane& lane = *current_;
+    lane.arrivals.push_back({{}, barrier});
+    for (auto& group : lane.copies) {
+        auto& copies = lane.arrivals.back().copies;
+        copies.insert(copies.end(), group.begin(), group.end());
+        group.clear();
+    }
+    if (lane.arrivals.size() > 1 || random_.chance(policy_.copies_late)) {
+        late_arrivals_.push_back(&lane);  // those of a lane keep their order
+    } else {
+        land_arrival(lane);
+        ++events_[COPY_LANDED_AT_ONCE];
+    }
+    yield(false);
+}
+
+void Machine::land_arrival(Lane& lane) {
+    idle_rounds_ = 0;
+    const CopyArrival arrival = std::move(lane.arrivals.front());
+    lane.arrivals.pop_front();
+    for (const Copy& copy : arrival.copies) memcpy(copy.to, copy.from, 16);
+    CountingBarrier& state = barriers_[arrival.barrier];
+    if (state.left == 0) {
+        error_ = "copy_async_arrive: block " + std::to_string(lane.block->index) + " thread " +
+                 std::to_string(lane.thread) + ": more arrivals than the barrier counts";
+        return;
+    }
+    --state.left;
+    end_phase(state, arrival.barrier, lane.block->index);
 }
 
 void Machine::copy_bulk(const BulkCopy& copy, const Site& site) {
@@ -492,12 +581,20 @@ void Machine::land(const BulkCopy& copy) {
 }
 
 void Machine::land_some_copy() {
-    const size_t i = random_.below(static_cast<uint32_t>(bulk_copies_.size()));
-    std::swap(bulk_copies_[i], bulk_copies_.back());
-    const BulkCopy copy = bulk_copies_.back();
-    bulk_copies_.pop_back();
+    size_t i = random_.below(static_cast<uint32_t>(copies_under_way()));
     ++events_[COPY_LANDED_LATE];
-    land(copy);
+    if (i < bulk_copies_.size()) {
+        std::swap(bulk_copies_[i], bulk_copies_.back());
+        const BulkCopy copy = bulk_copies_.back();
+        bulk_copies_.pop_back();
+        land(copy);
+    } else {
+        i -= bulk_copies_.size();
+        std::swap(late_arrivals_[i], late_arrivals_.back());
+        Lane& lane = *late_arrivals_.back();
+        late_arrivals_.pop_back();
+        land_arrival(lane);
+    }
 }
 
 // A lane that keeps looking at shared memory in vain rests until something there has changed.

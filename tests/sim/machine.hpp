@@ -98,12 +98,21 @@ struct BulkCopy {
     int block;
 };
 
+// An arrival at a barrier in shared memory that waits for copies to land.
+struct CopyArrival {
+    std::vector<Copy> copies;
+    const void* barrier;
+};
+
 // A barrier in shared memory: its phase ends when `left` is 0 and no announced byte is missing.
 struct CountingBarrier {
     uint32_t count, left;
     int64_t missing_bytes;
     uint32_t parity;
 };
+
+// The barriers of a block, by the number that they have on the device.
+enum BarrierNumber { SYNC_THREADS, SYNC_FIRST_THREADS, SYNC_OR, FIRST_TURN, NUM_BARRIERS = FIRST_TURN + 2 };
 
 struct Warp;
 struct Block;
@@ -127,6 +136,19 @@ struct Lane {
     int polls;  // how often in a row it found nothing new
     std::deque<std::vector<Copy>> copies;  // closed groups, oldest first; the last one is still open
     std::vector<Copy> landed;              // that no other lane may rely on yet
+    std::deque<CopyArrival> arrivals;      // that are still to come, oldest first
+    bool specialised;                      // it does something else than the block's other warps
+    bool fenced;                           // its registers are ready for products
+    uint64_t came[NUM_BARRIERS];           // to which meeting at each of its block's barriers, the last time
+};
+
+// Registers of a warp times columns in shared memory.
+struct Product {
+    uint32_t a[WARP_LANES][4];
+    void* d[WARP_LANES];  // where each lane's part of the result is
+    uint64_t columns;
+    bool add;
+    void (*multiply)(const Product&);
 };
 
 // Lanes of a warp that wait for each other.
@@ -138,14 +160,24 @@ struct Meeting {
 struct Warp {
     Lane* lanes[WARP_LANES];
     std::vector<Meeting> meetings;
+    std::deque<std::vector<Product>> products;  // under way: closed groups, oldest first, and the open one
+
+    bool multiplies() const {
+        for (const auto& group : products) {
+            if (!group.empty()) return true;
+        }
+        return false;
+    }
 };
 
-// Where threads of a block wait for each other.
+// Where threads of a block wait for each other, or come without waiting.
 struct BlockBarrier {
     std::vector<Lane*> waiting;
-    bool any = false;     // the or of what they brought
-    bool result = false;  // of the last complete meeting
-    Site site{};
+    int came = 0, count = 0;  // of the threads, of which so many make a meeting
+    uint64_t meeting = 1;     // the number of the next one
+    bool any = false;         // the or of what they brought
+    bool result = false;      // of the last complete meeting
+    Site sites[2] = {};       // where they wait: [specialised]
 };
 
 struct Block {
@@ -156,8 +188,8 @@ struct Block {
     GuardedMemory shared;
     std::vector<Warp> warps;
     std::vector<Lane> lanes;
-    int lanes_left = 0;      // in the kernel
-    BlockBarrier all, some;  // of __syncthreads, of the first threads of the block
+    int lanes_left = 0;  // in the kernel
+    BlockBarrier barriers[NUM_BARRIERS];
 };
 
 struct PendingStore {
@@ -201,9 +233,15 @@ class Machine {
     // All lanes of `mask` arrive here; the last one runs combine(warp), which turns operands into results.
     template <class Combine>
     void meet(uint32_t mask, const Site& site, Combine combine);
-    // The first `count` threads of the block arrive here, all of them if it is 0; whether any brought
-    // `value`.
-    bool barrier(int count, bool value, const Site& site);
+    // The first `count` threads of the block come to this barrier, all of them if it is 0; whether any
+    // brought `value`.
+    bool barrier(int number, int count, bool value, const Site& site);
+    // The lane comes, but does not wait for the others.
+    void barrier_pass(int number, int count, const Site& site);
+    // The lane's warp starts a product; all lanes of it call this together.
+    void start_product(Warp& warp, const Product& product);
+    // Products of all groups but the `pending` youngest are done.
+    void finish_products(Warp& warp, size_t pending);
     Words load(const void* p, uint32_t words, const Site& site);
     void store(void* p, const Words& value, uint32_t words);
     // Adds to a word, of which every block sees the sum later than what this block stored before.
@@ -213,6 +251,8 @@ class Machine {
     void copy_wait(size_t pending);
     void barrier_init(const void* barrier, uint32_t count) { barriers_[barrier] = {count, count, 0, 0}; }
     void barrier_arrive(const void* barrier, uint32_t bytes, const Site& site);
+    // An arrival once all copies that the lane has started have landed; no copy_wait covers them any more.
+    void copy_arrive(const void* barrier, const Site& site);
     void copy_bulk(const BulkCopy& copy, const Site& site);
     // Whether the barrier's phase of this parity has ended.
     bool barrier_test(const void* barrier, uint32_t parity, const Site& site);
@@ -244,7 +284,11 @@ class Machine {
     CountingBarrier& counting(const void* barrier, const Site& site);
     void end_phase(CountingBarrier& state, const void* barrier, int block);
     void rest_in_vain(bool in_vain, const Site& site);
+    BlockBarrier& come(int number, int& count, const Site& site);
+    void end_meeting(BlockBarrier& barrier);
+    size_t copies_under_way() const { return bulk_copies_.size() + late_arrivals_.size(); }
     void land(const BulkCopy& copy);
+    void land_arrival(Lane& lane);
     void land_some_copy();
     std::string who_waits() const;
 
@@ -267,6 +311,7 @@ class Machine {
     std::vector<uint64_t> youngest_seen_;  // store, by block
     uint64_t events_[NUM_EVENTS] = {};
     std::vector<BulkCopy> bulk_copies_;  // under way
+    std::vector<Lane*> late_arrivals_;   // a lane stands here once for each of its own
     std::unordered_map<const void*, CountingBarrier> barriers_;
     std::unordered_map<uint64_t, std::vector<Lane*>> pollers_;  // by block and 16 bytes of memory
 };

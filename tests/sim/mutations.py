@@ -24,7 +24,7 @@ Sources = dict[str, str]  # file of cuda/ -> its text
 
 # A barrier, alone or with a vote.
 BARRIER = re.compile(
-    r"__sync(?:threads|warp)\(\)|\bsync_threads<\w+>\(\)|\bsync_threads_or<(?P<threads>\w+)>"
+    r"__sync(?:threads|warp)\(\)|\bsync_threads<\w+>\(\)|\bsync_threads_or<(?P<threads>[\w +]+)>"
     r"\((?P<vote>[^()]*)\)"
 )
 

@@ -234,6 +234,10 @@ inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes, SIM_SITE) 
     sim::machine.barrier_arrive(barrier, bytes, {"mbarrier_arrive_expect", file, line});
 }
 
+inline void copy_async_arrive(uint64_t* barrier, SIM_SITE) {
+    sim::machine.copy_arrive(barrier, {"copy_async_arrive", file, line});
+}
+
 inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity, SIM_SITE) {
     return sim::machine.barrier_try_wait(barrier, parity, {"mbarrier_try_wait", file, line});
 }
@@ -242,21 +246,172 @@ inline uint64_t evict_first_policy() {
     return 0;
 }
 
-inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint64_t,
-                      SIM_SITE) {
+inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, SIM_SITE) {
     sim::machine.copy_bulk({static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global), bytes,
                             barrier, sim::machine.lane().block->index},
                            {"copy_bulk", file, line});
 }
 
+inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint64_t,
+                      SIM_SITE) {
+    copy_bulk(shared, global, bytes, barrier, file, line);
+}
+
+// Which proxy sees what is not simulated.
+inline void fence_async_proxy() {}
+
+inline void wait_turn(int group, SIM_SITE) {
+    sim::machine.barrier(sim::FIRST_TURN + group, 256, false, {"wait_turn", file, line});
+}
+
+inline void pass_turn(int group, SIM_SITE) {
+    sim::machine.barrier_pass(sim::FIRST_TURN + group, 256, {"pass_turn", file, line});
+}
+
+// Registers are not simulated, but whoever gives some up does something else than the other warps.
+template <int COUNT>
+inline void give_up_registers() {
+    sim::machine.lane().specialised = true;
+}
+
+template <int COUNT>
+inline void take_registers() {}
+
+// Here bits 0 to 43 are the address, in units of 16 bytes as the two distances are.
+inline uint64_t operand_descriptor(const void* shared, int half_bytes, int octet_bytes) {
+    return reinterpret_cast<uintptr_t>(shared) >> 4 | static_cast<uint64_t>(half_bytes >> 4) << 44 |
+           static_cast<uint64_t>(octet_bytes >> 4) << 54;
+}
+
+// Where the descriptor has the 16 bytes of a column's half.
+inline const void* described(uint64_t columns, int column, int half) {
+    const uint64_t half_bytes = (columns >> 44 & 1023) * 16, octet_bytes = (columns >> 54) * 16;
+    return reinterpret_cast<const uint8_t*>((columns & (1ull << 44) - 1) << 4) + half * half_bytes +
+           column / 8 * octet_bytes + column % 8 * 16;
+}
+
+// After a wait d may be read and a and d be written, so the next product wants a fence.
+inline void wgmma_fence() {
+    sim::machine.lane().fenced = true;
+}
+
+inline void wgmma_commit(SIM_SITE) {
+    sim::machine.meet(sim::ALL_LANES, {"wgmma_commit", file, line},
+                      [](sim::Warp& warp) { warp.products.emplace_back(); });
+}
+
+template <int PENDING>
+inline void wgmma_wait(SIM_SITE) {
+    sim::machine.lane().fenced = false;
+    sim::machine.meet(sim::ALL_LANES, {"wgmma_wait", file, line},
+                      [](sim::Warp& warp) { sim::machine.finish_products(warp, PENDING); });
+}
+
+// A warp's part of a product, with the arithmetic of mma_16x8x16.
+inline void multiply_floats(const sim::Product& product) {
+    float rows[16][16];  // [row][k]
+    for (int l = 0; l < sim::WARP_LANES; ++l) {
+        for (int i = 0; i < 4; ++i) {
+            float* row = rows[l / 4 + i % 2 * 8] + i / 2 * 8 + l % 4 * 2;
+            row[0] = __uint_as_float(product.a[l][i] << 16);
+            row[1] = __uint_as_float(product.a[l][i] & 0xffff0000);
+        }
+    }
+    for (int column = 0; column < 128; ++column) {
+        float values[16];
+        for (int half = 0; half < 2; ++half) {
+            uint16_t bits[8];
+            memcpy(bits, described(product.columns, column, half), 16);
+            for (int k = 0; k < 8; ++k) {
+                values[8 * half + k] = __uint_as_float(static_cast<uint32_t>(bits[k]) << 16);
+            }
+        }
+        for (int row = 0; row < 16; ++row) {
+            double sum = 0;
+            for (int k = 0; k < 16; ++k) sum += static_cast<double>(rows[row][k]) * values[k];
+            const auto d = static_cast<float (*)[4]>(product.d[row % 8 * 4 + column % 8 / 2]);
+            float& target = d[column / 8][row / 8 * 2 + column % 2];
+            target = static_cast<float>(product.add ? sum + target : sum);
+        }
+    }
+}
+
+// The same with that of mma_16x8x32.
+template <class A>
+inline void multiply_integers(const sim::Product& product) {
+    A rows[16][32];  // [row][k]
+    for (int l = 0; l < sim::WARP_LANES; ++l) {
+        for (int i = 0; i < 4; ++i) {
+            memcpy(rows[l / 4 + i % 2 * 8] + i / 2 * 16 + l % 4 * 4, &product.a[l][i], 4);
+        }
+    }
+    for (int column = 0; column < 128; ++column) {
+        int8_t values[32];
+        for (int half = 0; half < 2; ++half) {
+            memcpy(values + 16 * half, described(product.columns, column, half), 16);
+        }
+        for (int row = 0; row < 16; ++row) {
+            int sum = 0;
+            for (int k = 0; k < 32; ++k) sum += rows[row][k] * values[k];
+            const auto d = static_cast<int (*)[4]>(product.d[row % 8 * 4 + column % 8 / 2]);
+            int& target = d[column / 8][row / 8 * 2 + column % 2];
+            target = product.add ? target + sum : sum;
+        }
+    }
+}
+
+// What a warp does depends on no other of its group, so only its own lanes meet here. Registers are read at
+// once, columns at once or at the wait.
+inline void start_product(void* d, const uint32_t (&a)[4], uint64_t columns, bool add,
+                          void (*multiply)(const sim::Product&), const sim::Site& site) {
+    struct Operands {
+        void* d;
+        uint64_t columns;
+        bool add;
+    } own = {d, columns, add};
+    sim::Lane& lane = sim::machine.lane();
+    if (!lane.fenced) sim::machine.fail(site, "registers are in use since a wait");
+    static_assert(sizeof own + sizeof a <= sizeof lane.operand);
+    memcpy(lane.operand, a, sizeof a);
+    memcpy(lane.operand + 4, &own, sizeof own);
+    sim::machine.meet(sim::ALL_LANES, site, [&](sim::Warp& warp) {
+        sim::Product product;
+        product.columns = columns, product.add = add, product.multiply = multiply;
+        for (int l = 0; l < sim::WARP_LANES; ++l) {
+            Operands brought;
+            memcpy(product.a[l], warp.lanes[l]->operand, sizeof a);
+            memcpy(&brought, warp.lanes[l]->operand + 4, sizeof brought);
+            if (brought.columns != columns || brought.add != add) {
+                sim::machine.fail(site, "lanes of the warp want different products");
+            }
+            product.d[l] = brought.d;
+        }
+        sim::machine.start_product(warp, product);
+    });
+}
+
+inline void wgmma_64x128x16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t columns, bool add, SIM_SITE) {
+    start_product(d, a, columns, add, multiply_floats, {"wgmma_64x128x16", file, line});
+}
+
+inline void wgmma_64x128x32_signed(int (&d)[16][4], const uint32_t (&a)[4], uint64_t columns, bool add,
+                                   SIM_SITE) {
+    start_product(d, a, columns, add, multiply_integers<int8_t>, {"wgmma_64x128x32_signed", file, line});
+}
+
+inline void wgmma_64x128x32_unsigned(int (&d)[16][4], const uint32_t (&a)[4], uint64_t columns, bool add,
+                                     SIM_SITE) {
+    start_product(d, a, columns, add, multiply_integers<uint8_t>, {"wgmma_64x128x32_unsigned", file, line});
+}
+
 template <int COUNT>
 inline void sync_threads(SIM_SITE) {
-    sim::machine.barrier(COUNT, false, {"sync_threads", file, line});
+    sim::machine.barrier(sim::SYNC_FIRST_THREADS, COUNT, false, {"sync_threads", file, line});
 }
 
 template <int COUNT>
 inline bool sync_threads_or(bool value, SIM_SITE) {
-    return sim::machine.barrier(COUNT, value, {"sync_threads_or", file, line});
+    return sim::machine.barrier(sim::SYNC_OR, COUNT, value, {"sync_threads_or", file, line});
 }
 
 inline uint32_t load_relaxed_shared(const uint32_t* p, SIM_SITE) {

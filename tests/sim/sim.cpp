@@ -42,7 +42,7 @@ class FlushToZero {
 
 #if defined(SIM_CHUNK)
 using Args = ChunkArgs;
-constexpr int LAUNCH_BYTES = CHUNK_SHARED_BYTES, LAUNCH_THREADS = PANEL_THREADS;
+constexpr int LAUNCH_BYTES = CHUNK_SHARED_BYTES, LAUNCH_THREADS = CHUNK_THREADS;
 constexpr auto KERNEL = ffmini_chunk;
 #else
 using Args = PassArgs;
