@@ -180,6 +180,9 @@ class Share<M, false> {
   public:
     __device__ auto& products(int tile) { return products_[tile]; }
 
+    // Made of all that was read in a stage but weights, whose products have been waited for.
+    __device__ float seen() const { return 0.0f; }
+
     // Products begin with a segment.
     static __device__ bool ends_group(int) { return false; }
     static __device__ bool begins(int k) { return k % SEGMENT == 0; }
@@ -212,6 +215,8 @@ template <class M>
 class Share<M, true> {
   public:
     __device__ auto& products(int tile) { return products_[tile]; }
+
+    __device__ float seen() const { return segment_[0][0][0] + segment_[0][0][1]; }
 
     // Products begin with a group of scales; step `k` .. k + 31 may end one.
     static __device__ bool ends_group(int k) { return (k + 32) % M::GROUP == 0 || k + 32 == M::K_PAD; }

@@ -119,8 +119,9 @@ class PanelRing {
             for (int k = 0; k < M::K_PAD; k += STAGE_K) {
                 await_copy(state_.full + place_, parity_);
                 multiply_stage(share, memory_ + place_ * STAGE_CAPACITY, k, warp, scales, first_row);
+                const bool served = all_have(share.seen());
                 __syncwarp();  // all lanes have read the scales
-                if (threadIdx.x % 32 == 0) mbarrier_arrive(state_.empty + place_);
+                if (served && threadIdx.x % 32 == 0) mbarrier_arrive(state_.empty + place_);
                 advance();
                 if ((k + STAGE_K) % SEGMENT == 0 || k + STAGE_K >= M::K_PAD) {
                     share.end_segment(k / SEGMENT, scales, first_row);

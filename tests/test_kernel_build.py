@@ -18,7 +18,7 @@ from tools.kernel_report import DEVICES, report
 NAMES = [*SHAPES, "bundled"]
 FORMATS = ("bf16", "int8", "int4")
 MAX_REGISTERS = {256: 255, 384: 168, 512: 128, 640: 96}  # of a thread, by the threads that share 65,536
-MAX_SECONDS = 20
+MAX_SECONDS = 40  # two busy cores take twice what one takes alone
 
 
 def a_cover() -> list[tuple[str, str, str, str]]:
