@@ -14,6 +14,7 @@ CUDA13 = ["cupy-cuda13x>=13.6", "nvidia-cuda-nvrtc>=13,<14"]
 # setuptools 70.1 is the first that builds a wheel by itself: a test does, without network.
 TEST = [
     "pytest>=8",
+    "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "ruff>=0.15,<0.18",
     "clang-format>=20,<24",
