@@ -28,7 +28,7 @@ MAX_ROWS = 8
 WARPS = 16
 KERNEL_NAME, CHUNK_KERNEL_NAME = "ffmini_pass", "ffmini_chunk"
 CHUNK_ROWS = 512  # of a chunk, at most
-PANEL_ROWS = 128  # a chunk takes whole multiples of it the time
+PANEL_ROWS = 128  # where chunks are cut: one panel of rows in bf16, two of a quantised model
 COPY_SECONDS = 1e-6  # about what a bulk copy takes while the memory is busy (H100, H200)
 VECTOR_NAMES = (
     "input_layernorm",
