@@ -17,7 +17,7 @@ __device__ __forceinline__ int plane_offset(int plane, int block64, int t) {
 template <class M, int BATCH>
 class Aligner {
   public:
-    static constexpr int SEGMENTS = M::PART_SEGMENTS;
+    static constexpr int SEGMENTS = M::HELD_SEGMENTS;
 
     // Takes segments `unit`, unit + WARPS, ... of the rows, which have SEGMENTS each, counted row by row.
     __device__ Aligner(const Block& block, int unit, int units) {
@@ -26,7 +26,7 @@ class Aligner {
             exists_[i] = unit < units;
             row_[i] = row_of(unit, SEGMENTS), segment_[i] = unit - row_[i] * SEGMENTS;
             const bool inside =
-                M::PART_K % SEGMENT == 0 || segment_[i] * SEGMENT + 8 * block.lane() < M::PART_K;
+                M::HELD_K % SEGMENT == 0 || segment_[i] * SEGMENT + 8 * block.lane() < M::HELD_K;
             pairs_[i] = make_uint4(0, 0, 0, 0);
             if (exists_[i] && inside) {
                 pairs_[i] = *reinterpret_cast<const uint4*>(bytes(block, i) + 16 * block.lane());
@@ -76,7 +76,7 @@ class Aligner {
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const int group = segment_[i] * (SEGMENT / M::GROUP) + block.lane() / LANES;
-            if (exists_[i] && block.lane() % LANES == 0 && group < ceil_div(M::PART_K, M::GROUP)) {
+            if (exists_[i] && block.lane() % LANES == 0 && group < ceil_div(M::HELD_K, M::GROUP)) {
                 block.scales()->group_sum[row_[i] * MAX_GROUPS + group] =
                     static_cast<float>(static_cast<int>(sum[i]));
             }
@@ -93,8 +93,8 @@ class Aligner {
 // barrier shows the result.
 template <class M>
 __device__ __forceinline__ void align_activations(const Block& block) {
-    constexpr int BATCH = min_of(4, ceil_div(ROWS * M::PART_SEGMENTS, WARPS));
-    const int units = num_rows(block.args) * M::PART_SEGMENTS;
+    constexpr int BATCH = min_of(4, ceil_div(ROWS * M::HELD_SEGMENTS, WARPS));
+    const int units = num_rows(block.args) * M::HELD_SEGMENTS;
     for (int unit = block.warp(); unit < units; unit += BATCH * WARPS) {
         Aligner<M, BATCH>(block, unit, units).write(block);
     }

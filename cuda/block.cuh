@@ -6,13 +6,14 @@
 #include "stream.cuh"
 
 constexpr int MAX_K =  // that activations are held for at a time
-    max_of(max_of(QkvProj::PART_K, OProj::PART_K), max_of(DownProj::PART_K, LmHead::PART_K));
+    max_of(max_of(QkvProj::HELD_K, OProj::HELD_K), max_of(DownProj::HELD_K, LmHead::HELD_K));
 constexpr int MAX_SEGMENTS = ceil_div(MAX_K, SEGMENT);
 // bf16 elements. Rows lie 64 bytes off a multiple of 128, so that two rows' 64-byte pieces, which a quarter
 // warp reads at once, fall into different banks; integers take whole segments (activations.cuh).
 constexpr int ACTIVATION_STRIDE = INTEGERS ? MAX_SEGMENTS * SEGMENT : round_up(MAX_K, 64) + 32;
 constexpr int ACTIVATION_BYTES = ROWS * ACTIVATION_STRIDE * 2;
-constexpr int ROUND_UNITS = WARPS * max_of(1, 4 / ROWS);  // units multiplied between two additions
+// Units multiplied between two additions.
+constexpr int ROUND_UNITS = WARPS * max_of(SHARED_LIMIT > 200 * 1024 ? 2 : 1, 4 / ROWS);
 
 // ---- what activations that are integers are worth; behind them ----
 constexpr int MAX_GROUPS = WEIGHT_BITS == 4 ? ceil_div(MAX_K, GROUP_SIZE) : 1;  // of int4's scales
@@ -89,13 +90,14 @@ using RingOf = CopyRing<SLOTS>;
 #endif
 
 constexpr int MARK_WORDS = ceil_div(OWN_HEAD_TILES * TILE_ROWS, 32);  // a bit for each token of the own tiles
-constexpr int CARRIES = DownProj::PARTS == 1 ? 2 : max_of(2, OWN_TILES);
 
 struct SharedTail {
+    Partition partition[NUM_STAGES];
     int own_tiles[NUM_STAGES];                                   // of the stage's matrix, for this block
+    int residual_tiles;                                          // of the residual stream
     alignas(16) float part[2 * ROUND_UNITS * ROWS * TILE_ROWS];  // [parity of the round][unit][row][output]
-    float carry[CARRIES * ROWS * TILE_ROWS];                     // [see Products][row][output of the tile]
-    float residual[OWN_TILES * ROWS * TILE_ROWS];                // [own tile][row][output of the tile]
+    float carry[2 * 2 * ROWS * TILE_ROWS];  // [parity of the round][see Products][row][output of the tile]
+    float residual[OWN_TILES * ROWS * TILE_ROWS];  // [own tile][row][output of the tile]
     float next_norm[OWN_TILES * TILE_ROWS];   // of the norm that comes next: [own tile][output of the tile]
     float tile_squares[ROWS * HIDDEN_TILES];  // of the residual stream: sums of squares, [row][tile]
     float norm_scale[ROWS];                   // 1 / root mean square
@@ -144,6 +146,7 @@ struct Block {
     __device__ CandidateScratch* candidates() const { return reinterpret_cast<CandidateScratch*>(memory); }
 
     __device__ int own_tiles(Stage stage) const { return shared()->own_tiles[stage]; }
+    __device__ int residual_tiles() const { return shared()->residual_tiles; }
     __device__ int warp() const { return thread / 32; }
     __device__ int lane() const { return thread % 32; }
 
@@ -155,18 +158,28 @@ struct Block {
 // when it returns.
 __device__ __forceinline__ void prepare_shared(uint8_t* memory) {
     SharedTail& tail = *Block::tail(memory);
-    if (threadIdx.x < NUM_STAGES) tail.own_tiles[threadIdx.x] = count_own_tiles(SHAPES[threadIdx.x].tiles);
+    if (threadIdx.x < NUM_STAGES) {
+        Partition& partition = tail.partition[threadIdx.x];
+        partition.start(SHAPES[threadIdx.x].held_parts);
+        tail.own_tiles[threadIdx.x] = partition.count(SHAPES[threadIdx.x].tiles);
+    }
+    if (threadIdx.x == NUM_STAGES) {
+        const int blocks = gridDim.x;
+        tail.residual_tiles = (HIDDEN_TILES - static_cast<int>(blockIdx.x) + blocks - 1) / blocks;
+    }
 #if BULK_COPIES
     if (threadIdx.x == 0) tail.ring.initialize();
 #endif
     __syncthreads();
 }
 
-// Calls body(job, valid) for each job of 16 lanes, all warps sharing them out. Both halves of a warp call it
-// together, as shuffles want; a half that has no job gets the last one once more, and is not `valid`.
+// Calls body(job, valid) for each job of 16 lanes, all warps sharing them out, beginning with the first or,
+// in every other `turn`, with the one in the middle. Both halves of a warp call it together, as shuffles
+// want; a half that has no job gets the last one once more, and is not `valid`.
 template <class Body>
-__device__ __forceinline__ void for_half_warps(const Block& block, int jobs, Body body) {
-    for (int first = 2 * block.warp(); first < jobs; first += 2 * WARPS) {
+__device__ __forceinline__ void for_half_warps(const Block& block, int jobs, int turn, Body body) {
+    const int place = block.warp() + turn % 2 * (WARPS / 2) & (WARPS - 1);
+    for (int first = 2 * place; first < jobs; first += 2 * WARPS) {
         const int job = first + block.lane() / 16;
         body(min_of(job, jobs - 1), job < jobs);
     }

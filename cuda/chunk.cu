@@ -284,27 +284,28 @@ struct RowScales {
 template <bool FETCHES>
 __device__ __forceinline__ void norm_qkv(Chunk<FETCHES>& chunk, int layer) {
     const float* bias = layer_vectors(chunk.args, layer) + QKV_BIAS_OFFSET;
-    multiply<QkvProj>(chunk, layer, 0, chunk.hidden(), [&](const auto& share, int first_tile, int first_row) {
-        const RowScales scales(chunk.norm_scale(), first_row);
+    multiply<QkvProj>(
+        chunk, layer, 0, chunk.hidden(), [&](const auto& share, int first_tile, int first_row, int) {
+            const RowScales scales(chunk.norm_scale(), first_row);
 #pragma unroll
-        for (int tile = 0; tile < WARP_TILES; ++tile) {
-            for (int half = 0; half < 2; ++half) {
-                const int element = (first_tile + tile) * TILE_ROWS + threadIdx.x % 32 / 4 + 8 * half;
-                if (element >= QKV_SIZE) continue;
-                const bool biased = QKV_BIAS && element < ATTENTION_SIZE + 2 * KV_SIZE;
-                const float addend = biased ? bias[element] : 0.0f;
+            for (int tile = 0; tile < WARP_TILES; ++tile) {
+                for (int half = 0; half < 2; ++half) {
+                    const int element = (first_tile + tile) * TILE_ROWS + threadIdx.x % 32 / 4 + 8 * half;
+                    if (element >= QKV_SIZE) continue;
+                    const bool biased = QKV_BIAS && element < ATTENTION_SIZE + 2 * KV_SIZE;
+                    const float addend = biased ? bias[element] : 0.0f;
 #pragma unroll
-                for (int octet = 0; octet < OCTETS; ++octet) {
-                    for (int which = 0; which < 2; ++which) {
-                        float sum = share.sum(tile, octet, half, which) * scales.of[octet][which];
-                        if (biased) sum += addend;
-                        const int row = first_row + row_in_share(octet, which);
-                        chunk.qkv()[row * QKV_SIZE + element] = sum;
+                    for (int octet = 0; octet < OCTETS; ++octet) {
+                        for (int which = 0; which < 2; ++which) {
+                            float sum = share.sum(tile, octet, half, which) * scales.of[octet][which];
+                            if (biased) sum += addend;
+                            const int row = first_row + row_in_share(octet, which);
+                            chunk.qkv()[row * QKV_SIZE + element] = sum;
+                        }
                     }
                 }
             }
-        }
-    });
+        });
 }
 
 // Norms and rotates a row's vector `v`, of q, k and v one after the other, as they want it, and puts it in
@@ -393,17 +394,27 @@ class ResidualPart {
         }
     }
 
-    // Adds an octet's products, sums[half][which]; what the norm gets of it as bf16 in words[half],
-    // transposed. BIASED: with the bias.
+    // Adds an octet's products of a part, sums[half][which], and before them, if BIASED, the bias.
     template <bool BIASED>
-    __device__ void add(const float (&sums)[2][2], int octet, uint32_t (&words)[2]) {
+    __device__ void add(const float (&sums)[2][2], int octet) {
+        for (int half = 0; half < 2; ++half) {
+            for (int which = 0; which < 2; ++which) {
+                float& x = x_[octet][half][which];
+                if (BIASED) x += bias_[half];
+                x += sums[half][which];
+                *residual(octet, half, which) = x;
+            }
+        }
+    }
+
+    // Leaves the squares of an octet that is complete; what the norm gets of it as bf16 in words[half],
+    // transposed.
+    __device__ void finish(int octet, uint32_t (&words)[2]) {
         float weighed[2][2];  // [half][which]
         for (int which = 0; which < 2; ++which) {
             float squares[2];
             for (int half = 0; half < 2; ++half) {
-                const float sum = BIASED ? sums[half][which] + bias_[half] : sums[half][which];
-                const float x = x_[octet][half][which] + sum;
-                *residual(octet, half, which) = x;
+                const float x = x_[octet][half][which];
                 squares[half] = x * x;
                 weighed[half][which] = x * norm_[half];
             }
@@ -429,12 +440,13 @@ class ResidualPart {
     float x_[PART_OCTETS][2][2];  // [octet][half][which]
 };
 
-// Adds M's product and a bias to the residual, for the norm with weights `norm` that comes next.
+// Adds a bias and M's product, part by part, to the residual, for the norm with weights `norm` that comes
+// next.
 template <class M, bool BIASED, bool FETCHES>
 __device__ __forceinline__ void multiply_into_residual(Chunk<FETCHES>& chunk, int layer, uint64_t offset,
                                                        const uint8_t* input, const float* bias,
                                                        const float* norm) {
-    multiply<M>(chunk, layer, offset, input, [&](const auto& share, int first_tile, int first_row) {
+    multiply<M>(chunk, layer, offset, input, [&](const auto& share, int first_tile, int first_row, int part) {
 #pragma unroll
         for (int tile = 0; tile < WARP_TILES; ++tile) {
             const int k = (first_tile + tile) * TILE_ROWS;
@@ -447,8 +459,14 @@ __device__ __forceinline__ void multiply_into_residual(Chunk<FETCHES>& chunk, in
                 for (int octet = first; octet < first + PART; ++octet) {
                     float sums[2][2];
                     for (int i = 0; i < 4; ++i) sums[i / 2][i % 2] = share.sum(tile, octet, i / 2, i % 2);
+                    if (BIASED && part == 0) {
+                        residual.template add<true>(sums, octet - first);
+                    } else {
+                        residual.template add<false>(sums, octet - first);
+                    }
+                    if (part + 1 < M::PARTS) continue;
                     uint32_t words[2];
-                    residual.add<BIASED>(sums, octet - first, words);
+                    residual.finish(octet - first, words);
                     const int row = first_row + transposed_row_in_share(octet);
                     store_words<QkvProj>(chunk.hidden(), row, k, words);
                 }
@@ -470,7 +488,7 @@ template <bool FETCHES>
 __device__ __forceinline__ void norm_gate_up(Chunk<FETCHES>& chunk, int layer) {
     const float* bias = layer_vectors(chunk.args, layer) + GATE_UP_BIAS_OFFSET;
     constexpr uint64_t OFFSET = QkvProj::BYTES + OProj::BYTES;
-    const auto epilogue = [&](const auto& share, int first_tile, int first_row) {
+    const auto epilogue = [&](const auto& share, int first_tile, int first_row, int) {
         if (first_tile >= GateUpProj::TILES) return;
         const RowScales scales(chunk.norm_scale(), first_row);
         float addend[WARP_TILES][2] = {};

@@ -21,8 +21,8 @@
     !defined(O_BIAS_OFFSET) || !defined(GATE_UP_BIAS_OFFSET) || !defined(DOWN_BIAS_OFFSET)
 #error "a -D constant of the norms and biases is missing"
 #endif
-#if !defined(SHARED_LIMIT) || !defined(DOWN_PART_SEGMENTS) || !defined(OWN_TILES) || \
-    !defined(OWN_HEAD_TILES) || !defined(MAX_QUERIED) || !defined(BULK_COPIES) ||    \
+#if !defined(SHARED_LIMIT) || !defined(PART_SEGMENTS) || !defined(SPLIT_PARTS) || !defined(OWN_TILES) || \
+    !defined(OWN_HEAD_TILES) || !defined(MAX_QUERIED) || !defined(BULK_COPIES) ||                        \
     !defined(COPIES_IN_FLIGHT) || !defined(TEST_PAUSES) || !defined(STAGE_TIMES)
 #error "a -D constant of the launch is missing"
 #endif
@@ -56,18 +56,21 @@ constexpr int min_of(int a, int b) {
     return a < b ? a : b;
 }
 
-// Geometry of one packed matrix; ffmini/layout.py says where each element lies. Its input is held in parts of
-// PART_ segments at a time; 0: as a whole.
-template <int N, int K, int BITS_, int GROUP_, int PART_ = 0>
+// Geometry of one packed matrix; ffmini/layout.py says where each element lies. If it ADDS to the residual
+// stream its input has parts of up to PART_SEGMENTS segments, whose sums are added one after the other. Where
+// parts are split, a block has one of them at a time; otherwise it has all of the input.
+template <int N, int K, int BITS_, int GROUP_, bool ADDS = false>
 struct Matrix {
     static constexpr int BITS = BITS_;
     static constexpr int GROUP = GROUP_;
     static constexpr int TILES = ceil_div(N, TILE_ROWS);
     static constexpr int K_PAD = round_up(K, 64);
     static constexpr int SEGMENTS = ceil_div(K_PAD, SEGMENT);
-    static constexpr int PART_SEGMENTS = PART_ == 0 ? SEGMENTS : PART_;
-    static constexpr int PARTS = ceil_div(SEGMENTS, PART_SEGMENTS);
-    static constexpr int PART_K = min_of(PART_SEGMENTS * SEGMENT, K_PAD);
+    static constexpr int PARTS = ADDS ? ceil_div(SEGMENTS, PART_SEGMENTS) : 1;
+    static constexpr int IN_PART = ceil_div(SEGMENTS, PARTS);  // segments
+    static constexpr bool SPLIT = SPLIT_PARTS && PARTS > 1;
+    static constexpr int HELD_SEGMENTS = SPLIT ? IN_PART : SEGMENTS;  // by a block
+    static constexpr int HELD_K = min_of(HELD_SEGMENTS * SEGMENT, K_PAD);
     static constexpr int SLOT_K = LINES_PER_SLOT * 256 / BITS;
     static constexpr int SLOTS = ceil_div(K_PAD, SLOT_K);
     static constexpr int TAIL_K = K_PAD - (SLOTS - 1) * SLOT_K;
@@ -94,9 +97,9 @@ constexpr int KV_SIZE = NUM_KV_HEADS * HEAD_DIM;
 constexpr int INTERMEDIATE_TILES = ceil_div(INTERMEDIATE_SIZE, 8);  // of 8 gate rows and 8 up rows
 
 using QkvProj = Matrix<ATTENTION_SIZE + 2 * KV_SIZE, HIDDEN_SIZE, WEIGHT_BITS, GROUP_SIZE>;
-using OProj = Matrix<HIDDEN_SIZE, ATTENTION_SIZE, WEIGHT_BITS, GROUP_SIZE>;
+using OProj = Matrix<HIDDEN_SIZE, ATTENTION_SIZE, WEIGHT_BITS, GROUP_SIZE, true>;
 using GateUpProj = Matrix<INTERMEDIATE_TILES * TILE_ROWS, HIDDEN_SIZE, WEIGHT_BITS, GROUP_SIZE>;
-using DownProj = Matrix<HIDDEN_SIZE, INTERMEDIATE_SIZE, WEIGHT_BITS, GROUP_SIZE, DOWN_PART_SEGMENTS>;
+using DownProj = Matrix<HIDDEN_SIZE, INTERMEDIATE_SIZE, WEIGHT_BITS, GROUP_SIZE, true>;
 using LmHead = Matrix<VOCAB_SIZE, HIDDEN_SIZE, LM_HEAD_BITS, LM_HEAD_GROUP_SIZE>;
 
 static_assert(QkvProj::BYTES + OProj::BYTES + GateUpProj::BYTES + DownProj::BYTES == LAYER_BYTES,

@@ -6,7 +6,9 @@
 // pass number: only the launch of the next pass, after every block has left this one, writes them again. The
 // partial softmaxes alone are reused from layer to layer, under a tag of (pass, layer): a block writes those
 // of layer l + 1 after it has received queries of layer l + 1, which depend on every attention output of
-// layer l, and so on every read of the partials of layer l.
+// layer l, and so on every read of the partials of layer l. So are the partial products of a split matrix: a
+// block writes those of layer l + 1 after it has received what depends on the whole residual stream, and so
+// on every read of those of layer l.
 #pragma once
 
 #include "block.cuh"
@@ -26,10 +28,16 @@ constexpr int ATTENTION_PACKETS = NUM_HEADS * HEAD_PACKETS;
 constexpr int ACTIVATION_PACKETS = INTERMEDIATE_TILES * BF16_PACKETS;
 constexpr int PARTIAL_ROW_PACKETS = NUM_HEADS * MAX_SPLITS * PARTIAL_PACKETS;
 
+// Of a split matrix the products of each part, as floats: [ROWS][PARTS][tiles][FLOAT_PACKETS].
+template <class M>
+constexpr uint64_t PRODUCT_PACKETS = M::SPLIT ? ROWS * M::PARTS * M::TILES * FLOAT_PACKETS : 0;
+
 constexpr int LAYER_PACKETS =
     ROWS * (2 * HIDDEN_PACKETS + QKV_PACKETS + ATTENTION_PACKETS + ACTIVATION_PACKETS);
 constexpr uint64_t PARTIALS_AT = static_cast<uint64_t>(NUM_LAYERS) * LAYER_PACKETS + ROWS * HIDDEN_PACKETS;
-constexpr uint64_t MAIL_AT = PARTIALS_AT + ROWS * PARTIAL_ROW_PACKETS;
+constexpr uint64_t O_PRODUCTS_AT = PARTIALS_AT + ROWS * PARTIAL_ROW_PACKETS;
+constexpr uint64_t DOWN_PRODUCTS_AT = O_PRODUCTS_AT + PRODUCT_PACKETS<OProj>;
+constexpr uint64_t MAIL_AT = DOWN_PRODUCTS_AT + PRODUCT_PACKETS<DownProj>;
 constexpr uint64_t EXCHANGE_PACKETS = MAIL_AT + 1;
 constexpr int BLOCK_PACKETS = ROWS * LISTED;  // more for each block of the grid
 
@@ -58,6 +66,13 @@ struct LayerPackets {
 // [ROWS][NUM_HEADS][MAX_SPLITS][PARTIAL_PACKETS]
 __device__ __forceinline__ uint4* partial_packets(uint4* exchange) {
     return exchange + PARTIALS_AT;
+}
+
+__device__ __forceinline__ uint4* o_product_packets(uint4* exchange) {
+    return exchange + O_PRODUCTS_AT;
+}
+__device__ __forceinline__ uint4* down_product_packets(uint4* exchange) {
+    return exchange + DOWN_PRODUCTS_AT;
 }
 
 // The mail of a pass whose token was awaited: one packet.
@@ -95,30 +110,37 @@ __device__ __forceinline__ void publish(uint4* packet, uint32_t x, uint32_t y, u
 
 constexpr int RECEIVE_BATCH = 8;  // packets that a thread asks for at once, at most
 
-// Hands the packets first, first + step, ... below `count` to take(index, packet); at(index) is where one
-// lies. BATCH are asked for together, again and again until all of them are there: packets that wait for each
-// other's turn would cost a round trip each. False if one did not come.
+// Asks for COUNT packets together, again and again until all of them are there: packets that wait for each
+// other's turn would cost a round trip each. at(i) is where one lies. False if one did not come.
+template <int COUNT, class At>
+__device__ __forceinline__ bool await_packets(Patience& patience, uint32_t tag, At at,
+                                              uint4 (&packet)[COUNT]) {
+    for (;;) {
+        bool missing = false;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) packet[i] = load_relaxed_128(at(i));
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) missing |= packet[i].w != tag;
+        if (!missing) return true;
+        if (!patience.more()) return false;
+    }
+}
+
+// Hands the packets first, first + step, ... below `count` to take(index, packet), BATCH at a time; at(index)
+// is where one lies. False if one did not come.
 template <int BATCH, class At, class Take>
 __device__ __forceinline__ bool receive_some(const PassArgs& args, int first, int step, int count,
                                              uint32_t tag, int where, At at, Take take) {
     Patience patience(args, where);
-    for (int begin = first; begin < count;) {
+    for (int begin = first; begin < count; begin += BATCH * step) {
         uint4 packet[BATCH];
-        bool missing = false;
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) packet[i] = load_relaxed_128(at(min_of(begin + i * step, count - 1)));
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) missing |= packet[i].w != tag;
-        if (missing) {
-            if (!patience.more()) return false;
-            continue;
-        }
+        const auto place = [&](int i) { return at(min_of(begin + i * step, count - 1)); };
+        if (!await_packets(patience, tag, place, packet)) return false;
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const int index = begin + i * step;
             if (index < count) take(index, packet[i]);
         }
-        begin += BATCH * step;
     }
     return true;
 }
@@ -140,7 +162,8 @@ __device__ __forceinline__ bool await_packet(const Block& block, const uint4* pa
 template <int MOST, class At, class Take>
 __device__ __forceinline__ bool receive(const Block& block, int count, uint32_t tag, int where, At at,
                                         Take take) {
-    constexpr int BATCH = min_of(RECEIVE_BATCH, ceil_div(MOST, THREADS));
+    constexpr int SHARE = ceil_div(MOST, THREADS);  // of a thread
+    constexpr int BATCH = ceil_div(SHARE, ceil_div(SHARE, RECEIVE_BATCH));
     if (BATCH > 1 && block.warp() * 32 < count && !await_packet(block, at(block.warp() * 32), tag, where)) {
         return false;
     }

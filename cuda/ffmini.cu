@@ -53,7 +53,7 @@ __device__ __forceinline__ void publish_residual(const Block& block, uint4* pack
 template <class M>
 __device__ __forceinline__ void zero_activation_tail(Block& block, int from) {
     for (int row = 0; row < num_rows(block.args); ++row) {
-        for (int k = from + block.thread; k < M::PART_K; k += THREADS) {
+        for (int k = from + block.thread; k < M::HELD_K; k += THREADS) {
             block.activations()[row * ACTIVATION_STRIDE + k] = 0;
         }
     }
@@ -106,33 +106,42 @@ __device__ __forceinline__ bool receive_residual(Block& block, const uint4* pack
     return true;
 }
 
-// Receives bf16 activations, part `part` of the input: PER_PACKET to a packet, packets in runs of RUN that
-// hold LENGTH elements, COUNT to a row.
+// What a product is added to where nothing comes before it: see Products.
+__device__ __forceinline__ float no_sum(int, int) {
+    return 0.0f;
+}
+
+// Receives bf16 activations, part `part` of the input if a block holds one at a time: PER_PACKET to a packet,
+// packets in runs of RUN that hold LENGTH elements, COUNT to a row.
 template <class M, int PER_PACKET, int RUN, int LENGTH, int COUNT>
 __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets, uint32_t tag, int where,
-                                             int part = 0) {
-    constexpr int MOST = M::PARTS == 1 ? COUNT : M::PART_K / LENGTH * RUN;  // of a row in a part
-    static_assert(M::PARTS == 1 || M::PART_K % LENGTH == 0, "parts begin with a run");
-    const int count = M::PARTS == 1 ? COUNT : min_of(MOST, COUNT - part * MOST);
-    const auto row_in = [&](int index) { return M::PARTS == 1 ? row_of(index, COUNT) : index / count; };
+                                             int part) {
+    // Runs that reach into the part: the first may begin before it, the last end behind it.
+    constexpr int RUNS = COUNT / RUN, IN_PART = ceil_div(M::HELD_K, LENGTH);
+    constexpr bool EVEN = M::HELD_K % LENGTH == 0 && RUNS % IN_PART == 0;
+    constexpr int MOST = M::SPLIT ? min_of(COUNT, (EVEN ? IN_PART : IN_PART + 1) * RUN) : COUNT;
+    const int begin = M::SPLIT ? part * M::HELD_K : 0, first_run = begin / LENGTH;
+    const int end_run = M::SPLIT ? min_of(ceil_div(begin + M::HELD_K, LENGTH), RUNS) : RUNS;
+    const int count = !M::SPLIT || EVEN ? MOST : (end_run - first_run) * RUN;
+    const auto row_in = [&](int index) { return row_of(index, count); };
     const auto at = [&](int index) {
-        if (M::PARTS == 1) return packets + index;
+        if (!M::SPLIT) return packets + index;
         const int row = row_in(index);
-        return packets + row * COUNT + part * MOST + index - row * count;
+        return packets + row * COUNT + first_run * RUN + index - row * count;
     };
     const auto take = [&](int index, const uint4& packet) {
         const int row = row_in(index), in_row = index - row * count, in_run = in_row % RUN * PER_PACKET;
-        const int k = in_row / RUN * LENGTH + in_run;
+        const int k = (first_run + in_row / RUN) * LENGTH - begin + in_run;
         uint16_t* target = block.activations() + row * ACTIVATION_STRIDE + k;
         const uint32_t words[3] = {packet.x, packet.y, packet.z};
         for (int i = 0; i < PER_PACKET; i += 2) {
-            if (in_run + i < LENGTH && k + i < M::PART_K) {
+            if (in_run + i < LENGTH && k + i >= 0 && k + i < M::HELD_K) {
                 *reinterpret_cast<uint32_t*>(target + i) = words[i / 2];
             }
         }
     };
     const bool arrived = receive<ROWS * MOST>(block, num_rows(block.args) * count, tag, where, at, take);
-    zero_activation_tail<M>(block, count / RUN * LENGTH);
+    zero_activation_tail<M>(block, end_run * LENGTH - begin);
     if (sync_threads_or<THREADS>(!arrived)) return false;
     prepare_activations<M>(block);
     return true;
@@ -163,20 +172,99 @@ class NextNorm {
     float weight_[PER_THREAD] = {};
 };
 
-// Adds a matrix's outputs (and its bias) to the residual of this block's tiles and publishes the result.
+// The residual stream in this block's tiles while a stage adds to it, and where it goes.
+struct ResidualUpdate {
+    const float* bias;  // or null
+    uint4* packets;     // of the norm that comes next
+    uint32_t tag;
+
+    // What the parts of a matrix's product are added to.
+    __device__ float before(const Block& block, int own_tile, int row) const {
+        const int k = (blockIdx.x + own_tile * gridDim.x) * TILE_ROWS + block.thread % TILE_ROWS;
+        const float x = *place(block, own_tile, row);
+        return bias != nullptr && k < HIDDEN_SIZE ? x + bias[k] : x;
+    }
+
+    // By a whole warp, half a warp for a tile of a row.
+    __device__ void finish(const Block& block, int own_tile, int row, float x, bool valid) const {
+        if (valid) *place(block, own_tile, row) = x;
+        const float weight = block.shared()->next_norm[own_tile * TILE_ROWS + block.thread % TILE_ROWS];
+        publish_residual(block, packets + row * HIDDEN_PACKETS, blockIdx.x + own_tile * gridDim.x, x, weight,
+                         tag, valid);
+    }
+
+  private:
+    static __device__ float* place(const Block& block, int own_tile, int row) {
+        return block.shared()->residual + (own_tile * ROWS + row) * TILE_ROWS + block.thread % TILE_ROWS;
+    }
+};
+
+// Adds what blocks with different parts of M's input have published of this block's tiles, part by part, to
+// the residual. `products`: [ROWS][PARTS][tiles], FLOAT_PACKETS each. A half warp takes a tile of a row, the
+// packets of two parts at once.
 template <class M>
-__device__ __forceinline__ void multiply_into_residual(Block& block, Products<M>& products, const float* bias,
-                                                       uint4* packets, uint32_t tag) {
-    products.run(block, [&](int own_tile, int row, float sum, bool valid) {
-        const int tile = blockIdx.x + own_tile * gridDim.x, output = block.thread % TILE_ROWS;
-        if (bias != nullptr && tile * TILE_ROWS + output < HIDDEN_SIZE)
-            sum += bias[tile * TILE_ROWS + output];
-        float* residual = block.shared()->residual + (own_tile * ROWS + row) * TILE_ROWS + output;
-        const float x = (valid ? *residual : 0.0f) + sum;
-        if (valid) *residual = x;
-        publish_residual(block, packets + row * HIDDEN_PACKETS, tile, x,
-                         block.shared()->next_norm[own_tile * TILE_ROWS + output], tag, valid);
+__device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& update, const uint4* products,
+                                          uint32_t tag, int where) {
+    constexpr int PAIRS = ceil_div(M::PARTS, 2);
+    bool arrived = true;
+    for_half_warps(block, block.residual_tiles() * num_rows(block.args), 0, [&](int job, bool valid) {
+        const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
+        const int base = block.lane() & 16, output = block.lane() & 15;
+        const uint4* of_row = products + row * M::PARTS * M::TILES * FLOAT_PACKETS;
+        const uint4* of_tile = of_row + (blockIdx.x + own_tile * gridDim.x) * FLOAT_PACKETS;
+        // Lanes 0 to 5 ask for the packets of the one part, lanes 8 to 13 for those of the other.
+        const int in_tile = min_of(output % 8, FLOAT_PACKETS - 1);
+        uint4 packet[PAIRS];
+        Patience patience(block.args, where);
+        const auto at = [&](int pair) {
+            const int part = min_of(2 * pair + output / 8, M::PARTS - 1);
+            return of_tile + part * M::TILES * FLOAT_PACKETS + in_tile;
+        };
+        if (__any_sync(0xffffffff, !await_packets(patience, tag, at, packet))) arrived = false;
+        float x = update.before(block, own_tile, row);
+        const int holder = output < 8 ? output / 3 : 3 + (output - 8) / 3;
+        const int word = output < 8 ? output % 3 : (output - 8) % 3;
+#pragma unroll
+        for (int part = 0; part < M::PARTS; ++part) {
+            const int source = base + part % 2 * 8 + holder;
+            const uint4& from = packet[part / 2];
+            const uint32_t words[3] = {__shfl_sync(0xffffffff, from.x, source),
+                                       __shfl_sync(0xffffffff, from.y, source),
+                                       __shfl_sync(0xffffffff, from.z, source)};
+            x += __uint_as_float(word == 0 ? words[0] : (word == 1 ? words[1] : words[2]));
+        }
+        if (arrived) update.finish(block, own_tile, row, x, valid);
     });
+    return !sync_threads_or<THREADS>(!arrived);
+}
+
+// Adds M's product of the block's activations, which receive(part) brings, to the residual, or publishes its
+// share of it for those whose tiles it concerns. `partial`: packets of products_of().
+template <class M, class Receive>
+__device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>& products,
+                                                       const ResidualUpdate& update, uint4* partial,
+                                                       uint32_t tag, int where, Receive receive) {
+    if constexpr (!M::SPLIT) {
+        if (block.residual_tiles() == 0) return true;
+        if (!receive(0)) return false;
+        products.run(
+            block, [&](int own_tile, int row) { return update.before(block, own_tile, row); },
+            [&](int own_tile, int, int row, float x, bool valid) {
+                update.finish(block, own_tile, row, x, valid);
+            });
+        return true;
+    } else {
+        do {
+            if (!receive(products.part())) return false;
+            uint4* of_part = partial + products.part() * M::TILES * FLOAT_PACKETS;
+            products.run(block, no_sum, [&](int, int tile, int row, float sum, bool valid) {
+                publish_floats(block, of_part + row * M::PARTS * M::TILES * FLOAT_PACKETS, tile, sum, tag,
+                               valid);
+            });
+        } while (products.next_part(block));
+        sync_threads<THREADS>();  // what receive() left is there for all
+        return add_parts<M>(block, update, partial, tag, where);
+    }
 }
 
 // ---- the stages: each returns false when a wait gave up, and the block leaves ----
@@ -190,8 +278,8 @@ __device__ __forceinline__ bool embed(Block& block) {
     const LayerPackets packets(args.exchange, layer);
     const uint32_t tag = tag_of(args, layer);
     const float* norm = layer == 0 ? layer_vectors(args, 0) + INPUT_LAYERNORM_OFFSET : args.norm;
-    const int jobs = block.own_tiles(STAGE_O) * num_rows(block.args), output = block.thread % TILE_ROWS;
-    for_half_warps(block, jobs, [&](int job, bool valid) {
+    const int jobs = block.residual_tiles() * num_rows(block.args), output = block.thread % TILE_ROWS;
+    for_half_warps(block, jobs, 0, [&](int job, bool valid) {
         const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
         const int tile = blockIdx.x + own_tile * gridDim.x, k = tile * TILE_ROWS + output;
         float x = 0.0f;
@@ -225,8 +313,7 @@ __device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
     Products<QkvProj> products(block, STAGE_QKV);
     if (!receive_residual<QkvProj>(block, packets.hidden(), tag, where_of(layer, STAGE_QKV))) return false;
     mark(block, layer, MARK_QKV_IN);
-    products.run(block, [&](int own_tile, int row, float sum, bool valid) {
-        const int tile = blockIdx.x + own_tile * gridDim.x;
+    products.run(block, no_sum, [&](int, int tile, int row, float sum, bool valid) {
         const int element = tile * TILE_ROWS + block.thread % TILE_ROWS;
         sum *= block.shared()->norm_scale[row];
         if (QKV_BIAS && element < ATTENTION_SIZE + 2 * KV_SIZE) sum += vectors[QKV_BIAS_OFFSET + element];
@@ -265,18 +352,24 @@ __device__ __forceinline__ bool attention(Block& block, int layer) {
 __device__ __forceinline__ bool o_proj(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
-    if (block.own_tiles(STAGE_O) == 0) return true;
+    const int where = where_of(layer, STAGE_O);
     const float* vectors = layer_vectors(block.args, layer);
     const NextNorm next(block, vectors + POST_ATTENTION_LAYERNORM_OFFSET);
     Products<OProj> products(block, STAGE_O);
-    if (!receive_bf16<OProj, 6, HEAD_PACKETS, HEAD_DIM, ATTENTION_PACKETS>(block, packets.attention(), tag,
-                                                                           where_of(layer, STAGE_O))) {
+    const auto receive = [&](int part) {
+        if (!receive_bf16<OProj, 6, HEAD_PACKETS, HEAD_DIM, ATTENTION_PACKETS>(block, packets.attention(),
+                                                                               tag, where, part)) {
+            return false;
+        }
+        mark(block, layer, MARK_O_IN);
+        next.keep(block);
+        return true;
+    };
+    const ResidualUpdate update = {O_BIAS ? vectors + O_BIAS_OFFSET : nullptr, packets.mid_hidden(), tag};
+    if (!multiply_into_residual(block, products, update, o_product_packets(block.args.exchange), tag, where,
+                                receive)) {
         return false;
     }
-    mark(block, layer, MARK_O_IN);
-    next.keep(block);
-    multiply_into_residual(block, products, O_BIAS ? vectors + O_BIAS_OFFSET : nullptr, packets.mid_hidden(),
-                           tag);
     mark(block, layer, MARK_O);
     return true;
 }
@@ -292,8 +385,8 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
         return false;
     }
     mark(block, layer, MARK_GATE_UP_IN);
-    products.run(block, [&](int own_tile, int row, float sum, bool valid) {
-        const int tile = blockIdx.x + own_tile * gridDim.x, output = block.thread % TILE_ROWS;
+    products.run(block, no_sum, [&](int, int tile, int row, float sum, bool valid) {
+        const int output = block.thread % TILE_ROWS;
         const int base = block.lane() & 16;
         sum *= block.shared()->norm_scale[row];
         if (MLP_BIAS) sum += vectors[GATE_UP_BIAS_OFFSET + tile * TILE_ROWS + output];
@@ -318,23 +411,25 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
 __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
-    if (block.own_tiles(STAGE_DOWN) == 0) return true;
+    const int where = where_of(layer, STAGE_DOWN);
     const float* vectors = layer_vectors(block.args, layer);
     const bool last = layer + 1 == NUM_LAYERS;
     const NextNorm next(block, last ? block.args.norm : vectors + VECTORS_SIZE + INPUT_LAYERNORM_OFFSET);
     Products<DownProj> products(block, STAGE_DOWN);
-    for (int part = 0; part < DownProj::PARTS; ++part) {
-        if (part > 0) products.begin(block, part);
-        if (!receive_bf16<DownProj, 4, BF16_PACKETS, 8, ACTIVATION_PACKETS>(
-                block, packets.activation(), tag, where_of(layer, STAGE_DOWN), part)) {
+    const auto receive = [&](int part) {
+        if (!receive_bf16<DownProj, 4, BF16_PACKETS, 8, ACTIVATION_PACKETS>(block, packets.activation(), tag,
+                                                                            where, part)) {
             return false;
         }
-        if (part == 0) {
-            mark(block, layer, MARK_DOWN_IN);
-            next.keep(block);
-        }
-        multiply_into_residual(block, products, MLP_BIAS ? vectors + DOWN_BIAS_OFFSET : nullptr,
-                               packets.next_hidden(), tag_of(block.args, layer + 1));
+        mark(block, layer, MARK_DOWN_IN);
+        next.keep(block);
+        return true;
+    };
+    const ResidualUpdate update = {MLP_BIAS ? vectors + DOWN_BIAS_OFFSET : nullptr, packets.next_hidden(),
+                                   tag_of(block.args, layer + 1)};
+    if (!multiply_into_residual(block, products, update, down_product_packets(block.args.exchange), tag,
+                                where, receive)) {
+        return false;
     }
     mark(block, layer, MARK_DOWN);
     return true;
@@ -352,8 +447,8 @@ __device__ __forceinline__ bool norm_lm_head(Block& block) {
         return false;
     }
     mark(block, NUM_LAYERS, MARK_QKV_IN);
-    products.run(block, [&](int own_tile, int row, float sum, bool valid) {
-        const int token = (blockIdx.x + own_tile * gridDim.x) * TILE_ROWS + block.thread % TILE_ROWS;
+    products.run(block, no_sum, [&](int, int tile, int row, float sum, bool valid) {
+        const int token = tile * TILE_ROWS + block.thread % TILE_ROWS;
         if (!valid || token >= VOCAB_SIZE || !(args.logits_rows >> row & 1)) return;
         sum *= block.shared()->norm_scale[row];
         args.logits[static_cast<uint64_t>(row) * VOCAB_SIZE + token] = sum;

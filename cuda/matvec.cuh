@@ -144,30 +144,36 @@ class Unit<M, true> {
 // Units of a round: of whole tiles, unless that makes it much shorter.
 template <class M>
 constexpr int ROUND =
-    ROUND_UNITS % M::SEGMENTS < WARPS / 2 ? ROUND_UNITS / M::SEGMENTS * M::SEGMENTS : ROUND_UNITS;
+    ROUND_UNITS % M::HELD_SEGMENTS < WARPS / 2 ? ROUND_UNITS / M::HELD_SEGMENTS * M::HELD_SEGMENTS
+                                               : ROUND_UNITS;
 
-// The block's share of M, the matrix of `stage`, times its activations, part by part of the input: begin(),
-// then the part's activations in place and a barrier, then run(). All threads do so. Unit u of a part is warp
-// u % WARPS's, in the stream's order too.
+// The block's share of M, the matrix of `stage`, times its activations: for each part of the input that it
+// holds, part() after part_step() from first_part() on, begin(), then the activations in place and a barrier,
+// then run(). All threads do so. Unit u of a part is warp u % WARPS's, in the stream's order too.
 template <class M>
 class Products {
   public:
     __device__ Products(Block& block, Stage stage)
-        : tiles_(block.own_tiles(stage)), line_(opaque(block.lane() * 16)) {
+        : partition_(block.shared()->partition[stage]),
+          tiles_(block.own_tiles(stage)),
+          line_(opaque(block.lane() * 16)) {
         for (int set = 0; set < Unit<M>::SETS; ++set) input_[set] = opaque(Unit<M>::input_of(block, set));
-        begin(block, 0);
+        begin(block, M::SPLIT ? partition_.first_part() : 0);
     }
 
-    // Waits for the warp's first slot, which does not depend on the input: that may arrive meanwhile.
-    __device__ void begin(Block& block, int part) {
-        part_ = part;
-        if (block.warp() < tiles_ * segments()) slot_ = block.stream.wait() + line_;
+    __device__ int part() const { return part_; }
+
+    // Goes on to the block's next part; false if there is none.
+    __device__ bool next_part(Block& block) {
+        if (!M::SPLIT || part_ + partition_.part_step() >= M::PARTS) return false;
+        begin(block, part_ + partition_.part_step());
+        return true;
     }
 
     // Rounds take turns with two buffers: whoever adds up a round is done with it before anyone begins the
-    // next but one. epilogue: see add_segments().
-    template <class Epilogue>
-    __device__ void run(Block& block, Epilogue epilogue) {
+    // next but one. start, epilogue: see add_segments().
+    template <class Start, class Epilogue>
+    __device__ void run(Block& block, Start start, Epilogue epilogue) {
         const int units = tiles_ * segments();
         int parity = 0;
         for (int first = 0; first < units; first += ROUND<M>) {
@@ -179,22 +185,35 @@ class Products {
                 block.stream.refill();
             }
             sync_threads<THREADS>();
-            add_segments(block, sums, first, last, parity, epilogue);
+            add_segments(block, sums, first, last, parity, start, epilogue);
             parity ^= 1;
         }
     }
 
   private:
-    // In the part.
+    static constexpr int HELD_PARTS = M::SPLIT ? 1 : M::PARTS;  // of a tile that the block adds up
+
+    // Waits for the warp's first slot, which does not depend on the input: that may arrive meanwhile.
+    __device__ void begin(Block& block, int part) {
+        part_ = part;
+        if (block.warp() < tiles_ * segments()) slot_ = block.stream.wait() + line_;
+    }
+
+    // Of what the block holds.
     __device__ int segments() const {
-        return M::PARTS == 1 ? M::SEGMENTS : min_of(M::PART_SEGMENTS, M::SEGMENTS - part_ * M::PART_SEGMENTS);
+        return M::SPLIT ? min_of(M::IN_PART, M::SEGMENTS - part_ * M::IN_PART) : M::SEGMENTS;
+    }
+
+    __device__ int tile_of(int own_tile) const {
+        return M::SPLIT ? partition_.first_tile() + own_tile * partition_.tile_step()
+                        : blockIdx.x + own_tile * gridDim.x;
     }
 
     // Multiplies a unit, whose first slot is there, into sums[row][output of the tile]. `segment` counts in
-    // the part.
+    // what the block holds.
     __device__ void multiply(Block& block, int segment, float* sums) {
         Unit<M> unit;
-        const int first = (part_ * M::PART_SEGMENTS + segment) * M::SLOTS_PER_SEGMENT;
+        const int first = ((M::SPLIT ? part_ * M::IN_PART : 0) + segment) * M::SLOTS_PER_SEGMENT;
         const int last = min_of(first + M::SLOTS_PER_SEGMENT, M::SLOTS);
 #pragma unroll 1
         for (int slot = first; slot < last; ++slot) {
@@ -210,45 +229,59 @@ class Products {
         unit.finish(block, segment, sums);
     }
 
-    // Adds the segments of units [first, last) in ascending order. A tile that is complete goes to
-    // epilogue(own tile, row, value, valid) in half warps, lane % 16 being the output, as for_half_warps()
-    // says. What goes on is carried: in the next round only one tile, in the next part of the input every
-    // one.
-    template <class Epilogue>
+    // Adds the segments of units [first, last) in ascending order, those of a part from zero, and the parts,
+    // in ascending order too, to start(own tile, row). A tile that is complete goes to epilogue(own tile,
+    // tile, row, value, valid) in half warps, lane % 16 being the output, as for_half_warps() says. Of the
+    // one tile that goes on in the next round both sums are carried.
+    template <class Start, class Epilogue>
     __device__ void add_segments(Block& block, const float* sums, int first, int last, int parity,
-                                 Epilogue epilogue) const {
+                                 Start start, Epilogue epilogue) const {
         const int first_tile = first / segments(), thread = block.thread;
         const int jobs = (ceil_div(last, segments()) - first_tile) * num_rows(block.args);
         block.thread = opaque(thread);  // what follows from it is not computed ahead, by warps without a job
         const int output = block.thread % TILE_ROWS;
-        for_half_warps(block, jobs, [&](int job, bool valid) {
+        for_half_warps(block, jobs, parity, [&](int job, bool valid) {
             const int tile = first_tile + job / num_rows(block.args), row = job % num_rows(block.args);
             const int tile_begin = tile * segments(), tile_end = tile_begin + segments();
             const auto segment = [&](int unit) {
                 return sums[((unit - first) * ROWS + row) * TILE_ROWS + output];
             };
             float sum = 0.0f;
-            if constexpr (M::PARTS == 1 && ROUND<M> % M::SEGMENTS == 0) {
+            if constexpr (HELD_PARTS == 1 && M::SEGMENTS % M::HELD_SEGMENTS == 0 &&
+                          ROUND<M> % M::HELD_SEGMENTS == 0) {
 #pragma unroll
-                for (int i = 0; i < M::SEGMENTS; ++i) sum += segment(tile_begin + i);
-                epilogue(tile, row, sum, valid);
+                for (int i = 0; i < M::HELD_SEGMENTS; ++i) sum += segment(tile_begin + i);
+                epilogue(tile, tile_of(tile), row, start(tile, row) + sum, valid);
                 return;
             }
+            constexpr int ROUND_CARRY = 2 * ROWS * TILE_ROWS;
             float* carry = block.shared()->carry + row * TILE_ROWS + output;
-            const int from = M::PARTS > 1 ? tile : parity, to = M::PARTS > 1 ? tile : parity ^ 1;
             const int begin = max_of(first, tile_begin), end = min_of(last, tile_end);
-            if (begin > tile_begin || part_ > 0) sum = carry[from * ROWS * TILE_ROWS];
+            float before = start(tile, row);  // the parts that are complete
+            if (begin > tile_begin) {
+                sum = carry[parity * ROUND_CARRY];
+                before = carry[parity * ROUND_CARRY + ROWS * TILE_ROWS];
+            }
+            for (int unit = begin; unit < end;) {
+                const int in_tile = unit - tile_begin, part = HELD_PARTS == 1 ? 0 : in_tile / M::IN_PART;
+                if (HELD_PARTS > 1 && in_tile > 0 && in_tile == part * M::IN_PART) before += sum, sum = 0.0f;
+                const int part_end =
+                    HELD_PARTS == 1 ? end : min_of(end, tile_begin + (part + 1) * M::IN_PART);
 #pragma unroll 8
-            for (int unit = begin; unit < end; ++unit) sum += segment(unit);
-            const bool complete = end == tile_end && part_ + 1 == M::PARTS;
-            if (valid && !complete) carry[to * ROWS * TILE_ROWS] = sum;
-            epilogue(tile, row, sum, valid && complete);
+                for (; unit < part_end; ++unit) sum += segment(unit);
+            }
+            if (valid && end < tile_end) {
+                carry[(parity ^ 1) * ROUND_CARRY] = sum;
+                carry[(parity ^ 1) * ROUND_CARRY + ROWS * TILE_ROWS] = before;
+            }
+            epilogue(tile, tile_of(tile), row, before + sum, valid && end == tile_end);
         });
         block.thread = thread;
     }
 
-    const int tiles_, line_;  // the block's; where in a line the lane's 16 bytes are
+    const Partition& partition_;
+    const int tiles_, line_;  // the block's of a part; where in a line the lane's 16 bytes are
     int input_[Unit<M>::SETS];
-    int part_;
+    int part_;             // that the block is at
     const uint8_t* slot_;  // that waits to be multiplied
 };

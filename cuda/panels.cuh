@@ -36,6 +36,10 @@ constexpr int STAGE_PIECES = 2;
 constexpr int STAGE_K = STAGE_PIECES * PIECE_K;
 constexpr int STAGE_OPERANDS = STAGE_PIECES * PIECE_BYTES;
 
+// Of a part of a matrix's input, all but the last.
+template <class M>
+constexpr int PART_K = M::IN_PART * SEGMENT;
+
 // Bytes of a matrix's operands for one panel of columns; the last stage is whole.
 template <class M>
 constexpr int PANEL_OPERANDS = ceil_div(M::K_PAD, STAGE_K) * STAGE_OPERANDS;

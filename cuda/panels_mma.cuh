@@ -106,8 +106,9 @@ __device__ __forceinline__ void multiply_stage(Share<M>& share, const uint8_t* s
     }
 }
 
-// All threads of the block multiply its panels of M by `rows` rows of operands. For each panel the epilogue
-// gets the warp's share, the number of its first tile of outputs in M and its first row.
+// All threads of the block multiply its panels of M by `rows` rows of operands. For each panel and part of
+// M's input, in their order, the epilogue gets the warp's share, the number of its first tile of outputs in
+// M, its first row and the part.
 class PanelRing {
   public:
     // `memory`: PANEL_STAGES * STAGE_CAPACITY bytes of shared memory, free again after each call.
@@ -124,19 +125,23 @@ class PanelRing {
 #pragma unroll 1
         for (int panel = blockIdx.x; panel < panels.count(); panel += gridDim.x) {
             const int first_row = panels.column_panel(panel) * PANEL_ROWS + warp.column / PLANES;
-            Share<M> share;
 #pragma unroll 1
-            for (int k = 0; k < M::K_PAD; k += STAGE_K) {
-                copy_async_wait<PANEL_STAGES - 2>();
-                __syncthreads();  // the stage is whole, and nobody is at the place that is filled next
-                fetcher.fetch();
-                multiply_stage(share, memory_ + place * STAGE_CAPACITY, k, warp, scales, first_row);
-                if (++place == PANEL_STAGES) place = 0;
-                if ((k + STAGE_K) % SEGMENT == 0 || k + STAGE_K >= M::K_PAD) {
-                    share.end_segment(k / SEGMENT, scales, first_row);
+            for (int part = 0; part < M::PARTS; ++part) {
+                Share<M> share;
+                const int end = min_of((part + 1) * PART_K<M>, M::K_PAD);
+#pragma unroll 1
+                for (int k = part * PART_K<M>; k < end; k += STAGE_K) {
+                    copy_async_wait<PANEL_STAGES - 2>();
+                    __syncthreads();  // the stage is whole, and nobody is at the place that is filled next
+                    fetcher.fetch();
+                    multiply_stage(share, memory_ + place * STAGE_CAPACITY, k, warp, scales, first_row);
+                    if (++place == PANEL_STAGES) place = 0;
+                    if ((k + STAGE_K) % SEGMENT == 0 || k + STAGE_K >= end) {
+                        share.end_segment(k / SEGMENT, scales, first_row);
+                    }
                 }
+                epilogue(share, panels.first_tile(panel) + warp.tile, first_row, part);
             }
-            epilogue(share, panels.first_tile(panel) + warp.tile, first_row);
         }
         copy_async_wait<0>();
         __syncthreads();

@@ -114,20 +114,24 @@ class PanelRing {
 #pragma unroll 1
         for (int panel = blockIdx.x; panel < panels.count(); panel += gridDim.x) {
             const int first_row = panels.column_panel(panel) * PANEL_ROWS + warp.column / PLANES;
-            Share<M> share;
 #pragma unroll 1
-            for (int k = 0; k < M::K_PAD; k += STAGE_K) {
-                await_copy(state_.full + place_, parity_);
-                multiply_stage(share, memory_ + place_ * STAGE_CAPACITY, k, warp, scales, first_row);
-                const bool served = all_have(share.seen());
-                __syncwarp();  // all lanes have read the scales
-                if (served && threadIdx.x % 32 == 0) mbarrier_arrive(state_.empty + place_);
-                advance();
-                if ((k + STAGE_K) % SEGMENT == 0 || k + STAGE_K >= M::K_PAD) {
-                    share.end_segment(k / SEGMENT, scales, first_row);
+            for (int part = 0; part < M::PARTS; ++part) {
+                Share<M> share;
+                const int end = min_of((part + 1) * PART_K<M>, M::K_PAD);
+#pragma unroll 1
+                for (int k = part * PART_K<M>; k < end; k += STAGE_K) {
+                    await_copy(state_.full + place_, parity_);
+                    multiply_stage(share, memory_ + place_ * STAGE_CAPACITY, k, warp, scales, first_row);
+                    const bool served = all_have(share.seen());
+                    __syncwarp();  // all lanes have read the scales
+                    if (served && threadIdx.x % 32 == 0) mbarrier_arrive(state_.empty + place_);
+                    advance();
+                    if ((k + STAGE_K) % SEGMENT == 0 || k + STAGE_K >= end) {
+                        share.end_segment(k / SEGMENT, scales, first_row);
+                    }
                 }
+                epilogue(share, panels.first_tile(panel) + warp.tile, first_row, part);
             }
-            epilogue(share, panels.first_tile(panel) + warp.tile, first_row);
         }
         if (INTEGERS && threadIdx.x < 128) wait_for_turn();  // the second has passed it on
     }

@@ -11,14 +11,18 @@
 
 // Matrix, at run time.
 struct MatrixShape {
-    int tiles, segments, part_segments, slots, slots_per_segment, slot_bytes, tail_bytes, tile_bytes;
+    int tiles, segments, held_segments, held_parts, slots, slots_per_segment, slot_bytes, tail_bytes,
+        tile_bytes;
     uint64_t offset;  // in its layer
 };
 
 template <class M>
 constexpr MatrixShape shape_of(uint64_t offset) {
-    return {M::TILES,      M::SEGMENTS,   M::PART_SEGMENTS, M::SLOTS, M::SLOTS_PER_SEGMENT,
-            M::SLOT_BYTES, M::TAIL_BYTES, M::TILE_BYTES,    offset};
+    return {M::TILES,         M::SEGMENTS,
+            M::HELD_SEGMENTS, M::SPLIT ? M::PARTS : 1,
+            M::SLOTS,         M::SLOTS_PER_SEGMENT,
+            M::SLOT_BYTES,    M::TAIL_BYTES,
+            M::TILE_BYTES,    offset};
 }
 
 __constant__ MatrixShape SHAPES[NUM_STAGES] = {
@@ -37,19 +41,39 @@ constexpr int SLOT_CAPACITY = round_up(max_of(max_of(max_of(QkvProj::SLOT_BYTES,
 
 constexpr int MAX_RING_SLOTS = 8;
 
-// How many tiles of a matrix this block multiplies: block, block + gridDim.x, ... A division: to be asked
-// once.
-__device__ __forceinline__ int count_own_tiles(int tiles) {
-    return (tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
-           static_cast<int>(gridDim.x);
-}
+// How the grid shares out a matrix whose input is held in `parts`: block, block + gridDim.x, ... of the tiles
+// are a block's. If there are several parts, groups of blocks take different ones, and the blocks of a group
+// different tiles.
+class Partition {
+  public:
+    __device__ void start(int parts) {
+        const int block = blockIdx.x, blocks = gridDim.x;
+        first_part_ = 0, part_step_ = 1, first_tile_ = block, tile_step_ = blocks;
+        if (parts <= 1) return;
+        part_step_ = min_of(parts, blocks);
+        first_tile_ = block / part_step_;
+        first_part_ = block - first_tile_ * part_step_;
+        tile_step_ = (blocks - first_part_ + part_step_ - 1) / part_step_;
+    }
+    __device__ int first_part() const { return SPLITS ? first_part_ : 0; }
+    __device__ int part_step() const { return SPLITS ? part_step_ : 1; }
+    __device__ int first_tile() const { return SPLITS ? first_tile_ : static_cast<int>(blockIdx.x); }
+    __device__ int tile_step() const { return SPLITS ? tile_step_ : static_cast<int>(gridDim.x); }
+
+    // How many of a matrix's tiles are the block's. A division: to be asked once.
+    __device__ int count(int tiles) const { return (tiles - first_tile() + tile_step() - 1) / tile_step(); }
+
+  private:
+    static constexpr bool SPLITS = OProj::SPLIT || DownProj::SPLIT;
+    int first_part_, part_step_, first_tile_, tile_step_;
+};
 
 // ---- the order of a warp's stream ----
 
 // Walks over the slots that one warp consumes in a pass. In a stage with a matrix a block's work is, for each
-// part of the input, a list of units, one per (own tile, segment of k), segments innermost; warp w takes
-// units w, w + WARPS, ... of each part. In attention the units are the keys and then the values of the warp's
-// tile of each of the block's items.
+// part of the input that it holds, a list of units, one per (own tile, segment of k), segments innermost;
+// warp w takes units w, w + WARPS, ... of each part. In attention the units are the keys and then the values
+// of the warp's tile of each of the block's items.
 class Cursor {
   public:
     __device__ void start(const PassArgs& args, int warp) {
@@ -99,13 +123,14 @@ class Cursor {
         matrix_ = stage_ == STAGE_LM_HEAD
                       ? args.lm_head
                       : args.layers + static_cast<uint64_t>(layer_) * LAYER_BYTES + shape.offset;
-        part_begin_ = 0;
+        partition_.start(shape.held_parts);
+        part_begin_ = partition_.first_part() * shape.held_segments;
         enter_part();
         return next_segment();
     }
 
     __device__ void enter_part() {
-        unit_ = blockIdx.x;
+        unit_ = partition_.first_tile();
         segment_ = warp_ - WARPS;
     }
 
@@ -114,11 +139,12 @@ class Cursor {
     __device__ bool next_segment() {
         const MatrixShape& shape = SHAPES[stage_];
         for (;;) {
-            const int segments = min_of(shape.part_segments, shape.segments - part_begin_);
-            for (segment_ += WARPS; segment_ >= segments; segment_ -= segments) unit_ += gridDim.x;
+            const int segments = min_of(shape.held_segments, shape.segments - part_begin_);
+            for (segment_ += WARPS; segment_ >= segments; segment_ -= segments)
+                unit_ += partition_.tile_step();
             if (unit_ < shape.tiles) break;
-            part_begin_ += segments;
-            if (part_begin_ == shape.segments) return false;
+            part_begin_ += partition_.part_step() * shape.held_segments;
+            if (part_begin_ >= shape.segments) return false;
             enter_part();
         }
         const int segment = part_begin_ + segment_;
@@ -155,6 +181,7 @@ class Cursor {
     int slots_left_;  // of the unit; 0 where cross() must be called, and at the end of the stream
     int slot_bytes_, last_bytes_;
     int warp_, layer_, stage_, unit_, segment_, part_begin_;
+    Partition partition_;
     const uint8_t* matrix_;
 };
 

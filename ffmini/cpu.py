@@ -12,6 +12,7 @@ only decide where BLAS gets to see them (see `multiply`). Two precisions:
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ class DenseMatrix:
         self._w = np.empty((layout.rows, layout.cols), dtype)
         for rows, tiles in _row_blocks(layout):
             self._w[rows] = unpack_matrix(packed, layout, tiles)
+        in_part = layout.part_segments * SEGMENT
+        self._parts = [slice(k, min(k + in_part, layout.cols)) for k in range(0, layout.cols, in_part)]
 
     @property
     def nbytes(self) -> int:
@@ -118,6 +121,12 @@ class DenseMatrix:
         """x [R, cols], rows at `places`, times the matrix transposed -> [R, rows]."""
         return multiply(x, self._w, places)
 
+    def add_product(self, y: np.ndarray, x: np.ndarray, places: Places) -> np.ndarray:
+        """y [R, rows] plus the product, part by part of the input."""
+        for part in self._parts:
+            y = y + multiply(x[:, part], self._w[:, part], places)
+        return y
+
 
 class QuantizedMatrix:
     """An int8 or int4 matrix, multiplied as the kernel does: in integers within a group, then in float32.
@@ -129,6 +138,7 @@ class QuantizedMatrix:
 
     def __init__(self, packed: np.ndarray, layout: MatrixLayout) -> None:
         self._cols, self._group_size = layout.cols, layout.group_size
+        self._segments, self._part_segments = layout.segments, layout.part_segments
         groups = ceil_div(layout.cols, layout.group_size)
         self._codes = np.zeros((groups, layout.rows, layout.group_size), np.float32)
         self._scale = np.empty((groups, layout.rows), np.float32)
@@ -161,20 +171,34 @@ class QuantizedMatrix:
         The sums of a segment's groups are added in ascending order, times the segment's power of two, and
         the segments in ascending order.
         """
+        total = np.zeros((len(x), self._codes.shape[1]), np.float32)
+        self._add_parts(total, x, self._segments)
+        return total
+
+    def add_product(self, y: np.ndarray, x: np.ndarray, places: Places) -> np.ndarray:
+        """y [R, rows] plus the products of the input's parts, in ascending order."""
+        total = y.copy()
+        self._add_parts(total, x, self._part_segments)
+        return total
+
+    def _add_parts(self, total: np.ndarray, x: np.ndarray, part_segments: int) -> None:
+        """Adds to total [R, rows] the sums of each `part_segments` segments."""
         q, power = align(x, SEGMENT)
         # High bytes of all rows, then low bytes: [groups, 2 R, group_size].
         split = self._in_groups(np.concatenate(split_bytes(q)).astype(np.float32))
         sums = self._in_groups(q).sum(axis=-1, dtype=np.int32).astype(np.float32)
         in_segment = SEGMENT // self._group_size
-        total = np.zeros((len(x), self._codes.shape[1]), np.float32)
         step = PRODUCT_ROWS_BY_ONE if len(x) == 1 else PRODUCT_ROWS
-        for first in range(0, total.shape[1], step):
+        for first, begin in itertools.product(
+            range(0, total.shape[1], step), range(0, power.shape[1], part_segments)
+        ):
             rows = slice(first, first + step)
-            for segment in range(power.shape[1]):
+            part = np.zeros_like(total[:, rows])
+            for segment in range(begin, min(begin + part_segments, power.shape[1])):
                 groups = slice(segment * in_segment, (segment + 1) * in_segment)
-                part = self._segment_product(split[groups], sums[groups], groups, rows)
-                total[:, rows] += part * power[:, segment, None]
-        return total
+                product = self._segment_product(split[groups], sums[groups], groups, rows)
+                part += product * power[:, segment, None]
+            total[:, rows] += part
 
     def _segment_product(self, split: np.ndarray, sums: np.ndarray, groups: slice, rows: slice) -> np.ndarray:
         """Bytes of q [groups, 2 R, group_size] and sums of q [groups, R] of one segment -> [R, rows]."""
@@ -536,7 +560,7 @@ class CPUDecoder:
     def o_proj(self, layer: int, attn: np.ndarray, x: np.ndarray, places: Places = 0) -> np.ndarray:
         """Attention's output [R, num_heads head_dim] and x [R, hidden_size] -> the new x."""
         weights = self._layers[layer]
-        return x + _add_bias(weights.o_proj.product(attn, places), weights.vectors, "o_bias")
+        return weights.o_proj.add_product(_add_bias(x, weights.vectors, "o_bias"), attn, places)
 
     def norm_gate_up(self, layer: int, x: np.ndarray, places: Places = 0) -> np.ndarray:
         """x [R, hidden_size] -> silu(gate) * up, rounded, [R, intermediate_size]."""
@@ -551,7 +575,7 @@ class CPUDecoder:
     def down_proj(self, layer: int, act: np.ndarray, x: np.ndarray, places: Places = 0) -> np.ndarray:
         """silu(gate) * up [R, intermediate_size] and x [R, hidden_size] -> the new x."""
         weights = self._layers[layer]
-        return x + _add_bias(weights.down_proj.product(act, places), weights.vectors, "down_bias")
+        return weights.down_proj.add_product(_add_bias(x, weights.vectors, "down_bias"), act, places)
 
     def norm_lm_head(self, x: np.ndarray, places: Places = 0) -> np.ndarray:
         """x [R, hidden_size] -> logits [R, vocab_size]."""

@@ -20,7 +20,7 @@ import numpy as np
 from .candidates import MAX_QUERIED
 from .config import ModelConfig
 from .errors import DeviceError
-from .layout import KV_BLOCK, SEGMENT, MatrixLayout, ceil_div
+from .layout import KV_BLOCK, PART_SEGMENTS, SEGMENT, MatrixLayout, ceil_div
 from .packing import vector_offsets, vectors_length
 from .resources import resource_dir
 
@@ -135,48 +135,60 @@ def max_rows(
 
     `shared_limit`: bytes that a block may use; `blocks`: the size of the grid.
     """
-    fit = (rows for rows in (8, 4, 2) if down_part(config, layouts, max_seq_len, shared_limit, blocks, rows))
+    fit = (rows for rows in (8, 4, 2) if _fits(config, layouts, max_seq_len, shared_limit, blocks, rows))
     return next(fit, 1)
 
 
-def down_part(
+def splits_parts(
     config: ModelConfig,
     layouts: dict[str, MatrixLayout],
     max_seq_len: int,
     shared_limit: int,
     blocks: int,
     rows: int,
-) -> int:
-    """How many segments of down_proj's input a pass of `rows` rows holds at a time; 0 if it has no room.
+) -> bool:
+    """Whether a block has one part of o_proj's and down_proj's input at a time, not all of it.
 
-    All of them if that leaves room for a ring of some depth, else equal parts: a shallow ring costs more than
-    the parts. The bounds are upper ones; cuda/block.cuh has the exact figures and refuses what does not fit.
+    One row has all of it if there is room: handing on the parts' products takes time, and with more rows
+    every block's gathering all of them takes more.
     """
-    down = layouts["down_proj"]
-    others = max(layout.k_pad for name, layout in layouts.items() if name != "down_proj")
-    for ring_slots in (3, 2) if shared_limit > 128 * 1024 else (3, 2, 1):
-        for parts in range(1, down.segments + 1):
-            segments = ceil_div(down.segments, parts)
-            widest = max(others, min(down.k_pad, segments * SEGMENT))
-            needed = _shared_bytes(config, layouts, max_seq_len, blocks, rows, widest, ring_slots)
-            if needed <= shared_limit:
-                return segments
-            if widest == others:
-                break
-    return 0
+    return rows > 1 or not _fits(config, layouts, max_seq_len, shared_limit, blocks, rows, whole=True)
+
+
+def _fits(
+    config: ModelConfig,
+    layouts: dict[str, MatrixLayout],
+    max_seq_len: int,
+    shared_limit: int,
+    blocks: int,
+    rows: int,
+    whole: bool = False,
+) -> bool:
+    """Whether activations, `whole` or in parts, leave room for the ring.
+
+    The bounds are upper ones; cuda/block.cuh has the exact figures and refuses what does not fit.
+    """
+
+    def widest(layout: MatrixLayout) -> int:
+        in_parts = layout.name in ("o_proj", "down_proj") and not whole
+        return min(layout.k_pad, layout.part_segments * SEGMENT) if in_parts else layout.k_pad
+
+    held = max(widest(layout) for layout in layouts.values())
+    return _shared_bytes(config, layouts, max_seq_len, shared_limit, blocks, rows, held) <= shared_limit
 
 
 def _shared_bytes(
     config: ModelConfig,
     layouts: dict[str, MatrixLayout],
     max_seq_len: int,
+    shared_limit: int,
     blocks: int,
     rows: int,
     widest: int,
-    ring_slots: int,
 ) -> int:
     """An upper bound of what a block needs for `rows` rows of up to `widest` activations and the ring."""
-    ring_slot = WARPS * max(2048, *(layout.slot_bytes for layout in layouts.values()))
+    large = shared_limit > 128 * 1024
+    ring_bytes = (2 if large else 1) * WARPS * max(2048, *(layout.slot_bytes for layout in layouts.values()))
     tiles, head_dim = layouts["o_proj"].tiles, ceil_div(config.head_dim, 32) * 32
     marks = rows * (2 * ceil_div(layouts["lm_head"].tiles, blocks) + 4)
     heads = min(8, config.num_heads // config.num_kv_heads)
@@ -185,11 +197,13 @@ def _shared_bytes(
     activations = rows * (2 * (segments * SEGMENT + 32) + 4 * (segments + groups))
     attention = 64 * min(512, heads * head_dim) + head_dim * (8 * heads + 12 * rows + 28) + 2048
     own_tiles = ceil_div(tiles, blocks)
-    tail = rows * (2048 + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + 8704
+    tail = (
+        rows * ((4096 if large else 2048) + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + 8704
+    )
     splits = ceil_div(max_seq_len, KV_BLOCK)
     merge = 8 * splits + 4 * head_dim * (ceil_div(splits, 16) + 2)
     candidates = 8 * MAX_BLOCKS * LISTED + 4096 + 1280 * rows
-    return max(activations, attention, merge, candidates) + tail + marks + ring_slots * ring_slot
+    return max(activations, attention, merge, candidates) + tail + marks + ring_bytes
 
 
 def kernel_defines(
@@ -244,7 +258,8 @@ def kernel_defines(
         "LM_HEAD_BYTES": f"{head.nbytes}ull",
         "VECTORS_SIZE": vectors_length(config),
         "SHARED_LIMIT": shared_limit,
-        "DOWN_PART_SEGMENTS": down_part(config, layouts, max_seq_len, shared_limit, blocks, rows),
+        "PART_SEGMENTS": PART_SEGMENTS,
+        "SPLIT_PARTS": int(splits_parts(config, layouts, max_seq_len, shared_limit, blocks, rows)),
         "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
         "OWN_HEAD_TILES": ceil_div(head.tiles, blocks),
         "MAX_QUERIED": MAX_QUERIED,

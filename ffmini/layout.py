@@ -28,6 +28,9 @@ import numpy as np
 
 TILE_ROWS = 16
 SEGMENT = 256  # the canonical order of sums: each run of 256 k starts from zero (README, Numbers)
+# Of a part, at most: matrices that add to the residual stream (o_proj, down_proj) add one part of their input
+# after the other to it.
+PART_SEGMENTS = 16
 KV_BLOCK = 256  # absolute positions per partial softmax
 LINE_BYTES = 512
 LINES_PER_SLOT = 4
@@ -64,6 +67,11 @@ class MatrixLayout:
     @property
     def segments(self) -> int:
         return ceil_div(self.k_pad, SEGMENT)
+
+    @property
+    def part_segments(self) -> int:
+        """Segments of each part of the input but, perhaps, the last."""
+        return ceil_div(self.segments, ceil_div(self.segments, PART_SEGMENTS))
 
     @property
     def slot_k(self) -> int:

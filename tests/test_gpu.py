@@ -41,6 +41,8 @@ AWKWARD: dict[str, dict[str, Any]] = {
     "head_dim_64_gqa7": {"head_dim": 64, "num_attention_heads": 7, "num_key_value_heads": 1},
     "head_dim_80": {"head_dim": 80, "num_attention_heads": 4, "num_key_value_heads": 2},
     "head_dim_96_gqa12": {"head_dim": 96, "num_attention_heads": 12, "num_key_value_heads": 1},
+    # Parts of o_proj's input end within a head.
+    "head_dim_80_parts": {"head_dim": 80, "num_attention_heads": 56, "num_key_value_heads": 7},
     "head_dim_128": {"head_dim": 128, "hidden_size": 576, "intermediate_size": 1540},
     "head_dim_256": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
     "vocab_32003": {"vocab_size": 32003, "hidden_size": 200, "head_dim": 48, "tie_word_embeddings": True},
@@ -86,8 +88,8 @@ def check_model(packed: PackedModel, length: int = 70, tail: int = 6) -> None:
     exact = CPUDecoder(packed, length + tail, precision="float64", progress=False)
     reference = exact.forward(prompt, 0, "all")
     own_error = error(oracle.forward(prompt, 0, "all"), reference)
-    decoder = gpu.GPUDecoder(packed, length + tail, progress=False)
-    most = max(decoder._builds)
+    decoder = gpu.GPUDecoder(packed, length + tail, chunks=False, progress=False)
+    most = decoder.max_rows
     poison(decoder)
     logits = [decoder.forward(prompt[:length], 0, "all")]
     last = length - (length - 1) // most * most
@@ -227,8 +229,7 @@ def test_a_hopeless_wait_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     decoder._args["rows"]["position"][:2] = 0, 5
     args = decoder._args.copy()
     args["pass"], args["num_rows"], args["logits_rows"] = decoder._next_pass(), 2, 0
-    build = decoder._builds[8]
-    build.kernel((build.blocks,), (build.threads,), (args,), shared_mem=build.shared_bytes)
+    decoder._builds[8].launch(gpu.import_cupy(), np.array([args.ctypes.data], np.uint64))
     decoder.launch(8, prompt, 0, 0)  # a good pass behind it hides nothing
     with pytest.raises(GenerationError, match=r"gave up after 0\.2 s: layer 0"):
         decoder.finish(0)
@@ -480,6 +481,9 @@ CHUNKED: list[tuple[str, str, int, int, dict[str, Any]]] = [
     ("llama2", "int4", 128, 300, AWKWARD["head_dim_80"]),
     ("llama2", "bf16", 128, 300, AWKWARD["head_dim_96_gqa12"]),
     ("llama2", "bf16", 128, 600, AWKWARD["head_dim_256"]),
+    ("llama2", "bf16", 128, 300, {"intermediate_size": 9000}),  # down_proj's input has three parts
+    ("qwen3", "int4", 128, 300, {"intermediate_size": 9000}),
+    ("llama_biases", "int8", 64, 300, AWKWARD["head_dim_80_parts"]),
     ("mistral", "bf16", 128, 4700, {"max_position_embeddings": 6000, "sliding_window": 4500}),
 ]
 
@@ -525,8 +529,7 @@ def test_chunks_of_any_size_give_the_same_bits(tmp_path: Path) -> None:
             found.append(decoder.forward(tokens[at : at + size], at, "all"))
             at += size
         assert np.array_equal(np.concatenate(found), expected[:448])
-    (said,) = say(decoder, [Work(0, tokens, 0, (query([7]),))])
-    assert said[0].queried[0] == expected[-1, 7]
+    assert ask(decoder, tokens, 0, query([7])).queried[0] == expected[-1, 7]
     decoder.close()
 
 

@@ -591,7 +591,7 @@ CANDIDATES = functools.partial(Edit, "candidates.cuh")
 ITEMS = functools.partial(Edit, "items.cuh")
 ARITHMETIC = functools.partial(Edit, "arithmetic.cuh")
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
-LOAD = "load_relaxed_128(at(min_of(begin + i * step, count - 1)))"
+LOAD = "load_relaxed_128(at(i))"
 MISSING = "packet[i].w != tag"
 AWAIT = "await_copy(state_.full[threadIdx.x / 32] + head_, parity_)"
 ARRIVE = "mbarrier_arrive(state_.empty[threadIdx.x / 32] + head_)"

@@ -318,7 +318,7 @@ class SimDecoder(SimKernel):
             stage_times=stage_times,
         )
         if part_segments is not None:
-            defines["DOWN_PART_SEGMENTS"] = str(part_segments)
+            defines["PART_SEGMENTS"] = str(part_segments)
         super().__init__(defines, blocks, seed, cuda, coverage)
         self.build_info = self._info("ffmini_build_info", BUILD_INFO, PASS_ARGS)
         self._upload(packed)
