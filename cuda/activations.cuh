@@ -20,15 +20,14 @@ class Aligner {
     static constexpr int SEGMENTS = M::HELD_SEGMENTS;
 
     // Takes segments `unit`, unit + WARPS, ... of the rows, which have SEGMENTS each, counted row by row.
-    __device__ Aligner(const Block& block, int unit, int units) {
+    // What is behind `end` in a row counts as zeros.
+    __device__ Aligner(const Block& block, int unit, int units, int end) {
 #pragma unroll
         for (int i = 0; i < BATCH; ++i, unit += WARPS) {
             exists_[i] = unit < units;
             row_[i] = row_of(unit, SEGMENTS), segment_[i] = unit - row_[i] * SEGMENTS;
-            const bool inside =
-                M::HELD_K % SEGMENT == 0 || segment_[i] * SEGMENT + 8 * block.lane() < M::HELD_K;
             pairs_[i] = make_uint4(0, 0, 0, 0);
-            if (exists_[i] && inside) {
+            if (exists_[i] && segment_[i] * SEGMENT + 8 * block.lane() < end) {
                 pairs_[i] = *reinterpret_cast<const uint4*>(bytes(block, i) + 16 * block.lane());
             }
         }
@@ -90,12 +89,12 @@ class Aligner {
 };
 
 // What comes between an input's arrival, which a barrier of the block has shown, and its products. The next
-// barrier shows the result.
+// barrier shows the result. `end`: where what has arrived of a row ends.
 template <class M>
-__device__ __forceinline__ void align_activations(const Block& block) {
+__device__ __forceinline__ void align_activations(const Block& block, int end) {
     constexpr int BATCH = min_of(4, ceil_div(ROWS * M::HELD_SEGMENTS, WARPS));
     const int units = num_rows(block.args) * M::HELD_SEGMENTS;
     for (int unit = block.warp(); unit < units; unit += BATCH * WARPS) {
-        Aligner<M, BATCH>(block, unit, units).write(block);
+        Aligner<M, BATCH>(block, unit, units, end).write(block);
     }
 }

@@ -146,10 +146,10 @@ constexpr uint32_t ROUNDER_BITS = 0x4b400000;
 
 // The largest magnitude among eight bf16, as its bits.
 __device__ __forceinline__ uint32_t largest_bits(const uint4& pairs) {
-    const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-    uint32_t largest = 0;  // in the upper 15 bits; what is below decides nothing
-    for (int i = 0; i < 4; ++i) largest = max_of(largest, max_of(words[i] << 1, words[i] << 17));
-    return largest >> 17;
+    constexpr uint32_t MAGNITUDES = 0x7fff7fff;
+    const uint32_t largest = __vmaxu2(__vmaxu2(pairs.x & MAGNITUDES, pairs.y & MAGNITUDES),
+                                      __vmaxu2(pairs.z & MAGNITUDES, pairs.w & MAGNITUDES));
+    return max_of(largest & 0xffff, largest >> 16);
 }
 
 // The exponent that a segment's largest element, given by its bits, has when it is rounded up.
@@ -163,30 +163,27 @@ __device__ __forceinline__ float worth_of(uint32_t largest) {
     return __uint_as_float(largest < INFINITE_BF16 ? bits : NAN_BITS);
 }
 
-// Byte B of each of four words.
-template <int B>
-__device__ __forceinline__ uint32_t gather_bytes(const uint32_t* words) {
-    constexpr uint32_t PAIR = B | (4 + B) << 4;
-    return __byte_perm(__byte_perm(words[0], words[1], PAIR), __byte_perm(words[2], words[3], PAIR), 0x5410);
-}
-
 // Eight elements, `pairs` of bf16, of a segment whose largest one is `largest`.
 struct AlignedEight {
     uint2 high, low;  // a byte of each
     uint32_t sum;     // of the integers
 
-    __device__ AlignedEight(const uint4& pairs, uint32_t largest) : sum(0u - 8 * ROUNDER_BITS) {
+    // Of q + 128 the second byte is q's high one, and the first is 128 more than the low one, whose sign bit
+    // that turns over.
+    __device__ AlignedEight(const uint4& pairs, uint32_t largest) : sum(0u - 8 * (ROUNDER_BITS + 128)) {
         const float factor = __uint_as_float((127 + ALIGNED_EXPONENT - exponent_of(largest)) << 23);
         const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-        uint32_t lows[8], highs[8];
-        for (int k = 0; k < 8; ++k) {
-            const uint32_t bits = k % 2 == 0 ? words[k / 2] << 16 : words[k / 2] & 0xffff0000;
-            lows[k] = __float_as_uint(fmaf(__uint_as_float(bits), factor, ROUNDER));
-            highs[k] =
-                __float_as_uint(fmaf(__uint_as_float(bits), factor, ROUNDER + 128));  // not on the busy unit
-            sum += lows[k];
+        uint32_t shifted[4];  // q + 128 of two elements
+        for (int i = 0; i < 4; ++i) {
+            const float even = __uint_as_float(words[i] << 16), odd = __uint_as_float(words[i] & 0xffff0000);
+            const uint32_t first = __float_as_uint(fmaf(even, factor, ROUNDER + 128));
+            const uint32_t second = __float_as_uint(fmaf(odd, factor, ROUNDER + 128));
+            sum += first + second;
+            shifted[i] = __byte_perm(first, second, 0x5410);
         }
-        high = make_uint2(gather_bytes<1>(highs), gather_bytes<1>(highs + 4));
-        low = make_uint2(gather_bytes<0>(lows), gather_bytes<0>(lows + 4));
+        high = make_uint2(__byte_perm(shifted[0], shifted[1], 0x7531),
+                          __byte_perm(shifted[2], shifted[3], 0x7531));
+        low = make_uint2(__byte_perm(shifted[0], shifted[1], 0x6420) ^ 0x80808080,
+                         __byte_perm(shifted[2], shifted[3], 0x6420) ^ 0x80808080);
     }
 };

@@ -173,13 +173,12 @@ __device__ __forceinline__ void prepare_shared(uint8_t* memory) {
     __syncthreads();
 }
 
-// Calls body(job, valid) for each job of 16 lanes, all warps sharing them out, beginning with the first or,
-// in every other `turn`, with the one in the middle. Both halves of a warp call it together, as shuffles
-// want; a half that has no job gets the last one once more, and is not `valid`.
-template <class Body>
-__device__ __forceinline__ void for_half_warps(const Block& block, int jobs, int turn, Body body) {
-    const int place = block.warp() + turn % 2 * (WARPS / 2) & (WARPS - 1);
-    for (int first = 2 * place; first < jobs; first += 2 * WARPS) {
+// Calls body(job, valid) for each job of 16 lanes, shared out among COUNT warps, of which this is number
+// `place`. Both halves of a warp call it together, as shuffles want; a half that has no job gets the last one
+// once more, and is not `valid`.
+template <int COUNT, class Body>
+__device__ __forceinline__ void for_half_warps(const Block& block, int place, int jobs, Body body) {
+    for (int first = 2 * place; first < jobs; first += 2 * COUNT) {
         const int job = first + block.lane() / 16;
         body(min_of(job, jobs - 1), job < jobs);
     }

@@ -55,6 +55,9 @@ constexpr T max_of(T a, T b) {
 constexpr int min_of(int a, int b) {
     return a < b ? a : b;
 }
+constexpr int common_divisor(int a, int b) {  // the greatest
+    return b == 0 ? a : common_divisor(b, a % b);
+}
 
 // Geometry of one packed matrix; ffmini/layout.py says where each element lies. If it ADDS to the residual
 // stream its input has parts of up to PART_SEGMENTS segments, whose sums are added one after the other. Where

@@ -22,6 +22,21 @@ constexpr int HEAD_PACKETS = ceil_div(HEAD_DIM, 6);         // bf16 of a head: 6
 constexpr int VECTOR_PACKETS = HEAD_DIM / 8 * 3;            // floats of a head in FLOAT_PACKETS
 constexpr int PARTIAL_PACKETS = ceil_div(HEAD_DIM + 2, 3);  // max, sum, then the vector, as floats
 
+// How the bf16 elements of a row's input lie in its packets: COUNT runs of LENGTH elements, of which a packet
+// has PER_PACKET and the last of the run what is left.
+template <int LENGTH_, int PER_PACKET_, int COUNT_>
+struct RunsOf {
+    static constexpr int LENGTH = LENGTH_, PER_PACKET = PER_PACKET_, COUNT = COUNT_;
+    static constexpr int PACKETS = ceil_div(LENGTH, PER_PACKET);  // of a run
+    static constexpr int ROW_PACKETS = COUNT * PACKETS;
+};
+using HiddenRuns = RunsOf<TILE_ROWS, 6, HIDDEN_TILES>;  // the last of a tile brings the sum of squares too
+using HeadRuns = RunsOf<HEAD_DIM, 6, NUM_HEADS>;
+using GateUpRuns = RunsOf<8, 4, INTERMEDIATE_TILES>;
+static_assert(HiddenRuns::PACKETS == NORM_PACKETS && HeadRuns::PACKETS == HEAD_PACKETS &&
+                  GateUpRuns::PACKETS == BF16_PACKETS,
+              "packets are read as they are written");
+
 constexpr int HIDDEN_PACKETS = HIDDEN_TILES * NORM_PACKETS;  // for one row, as all of these
 constexpr int QKV_PACKETS = QkvProj::TILES * FLOAT_PACKETS;
 constexpr int ATTENTION_PACKETS = NUM_HEADS * HEAD_PACKETS;

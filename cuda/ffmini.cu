@@ -49,16 +49,6 @@ __device__ __forceinline__ void publish_residual(const Block& block, uint4* pack
     }
 }
 
-// Fills the columns of the activations that no packet carries with zeros, up to M's padded width.
-template <class M>
-__device__ __forceinline__ void zero_activation_tail(Block& block, int from) {
-    for (int row = 0; row < num_rows(block.args); ++row) {
-        for (int k = from + block.thread; k < M::HELD_K; k += THREADS) {
-            block.activations()[row * ACTIVATION_STRIDE + k] = 0;
-        }
-    }
-}
-
 // Works out one over the root mean square of each row's residual stream from its tiles' sums of squares: warp
 // w from the last takes row w (the last warps have the fewest units), each lane every 32nd tile, then the
 // lanes in a fixed tree.
@@ -69,81 +59,107 @@ __device__ __forceinline__ void scale_rows(const Block& block) {
     if (block.lane() == 0) block.shared()->norm_scale[row] = scale;
 }
 
-// Makes operands of bf16 activations that have arrived.
-template <class M>
-__device__ __forceinline__ void prepare_activations(const Block& block) {
-    if constexpr (INTEGERS) {
-        align_activations<M>(block);
-        sync_threads<THREADS>();
-    }
-}
-
-// Receives the residual stream as publish_residual sends it and leaves it as activations. norm_scale is
-// complete after the block's next barrier.
-template <class M>
-__device__ __forceinline__ bool receive_residual(Block& block, const uint4* packets, uint32_t tag,
-                                                 int where) {
-    const auto take = [&](int index, const uint4& packet) {
-        const int row = row_of(index, HIDDEN_PACKETS), in_row = index - row * HIDDEN_PACKETS;
-        const int tile = in_row / NORM_PACKETS, part = in_row % NORM_PACKETS;
-        uint32_t* target = reinterpret_cast<uint32_t*>(block.activations() + row * ACTIVATION_STRIDE) +
-                           tile * TILE_ROWS / 2 + 3 * part;
-        target[0] = packet.x;
-        target[1] = packet.y;
-        if (part < NORM_PACKETS - 1) {
-            target[2] = packet.z;
-        } else {
-            block.shared()->tile_squares[row * HIDDEN_TILES + tile] = __uint_as_float(packet.z);
-        }
-    };
-    const bool arrived = receive<ROWS * HIDDEN_PACKETS>(
-        block, num_rows(block.args) * HIDDEN_PACKETS, tag, where, [&](int index) { return packets + index; },
-        take);
-    zero_activation_tail<M>(block, HIDDEN_TILES * TILE_ROWS);
-    if (sync_threads_or<THREADS>(!arrived)) return false;
-    scale_rows(block);
-    prepare_activations<M>(block);
-    return true;
-}
+// Nothing, where packets bring elements only.
+__device__ __forceinline__ void no_rest(int, int, const uint4&) {}
 
 // What a product is added to where nothing comes before it: see Products.
 __device__ __forceinline__ float no_sum(int, int) {
     return 0.0f;
 }
 
-// Receives bf16 activations, part `part` of the input if a block holds one at a time: PER_PACKET to a packet,
-// packets in runs of RUN that hold LENGTH elements, COUNT to a row.
-template <class M, int PER_PACKET, int RUN, int LENGTH, int COUNT>
+// How the packets of M's input are shared out: some of the warps to each row, whose packets they read in
+// turns. A lane comes to the same place in a run again after PERIOD packets, SHIFT runs further on.
+template <class M, class Runs>
+struct InputPackets {
+    static constexpr int ROW_WARPS = ROWS > 4 ? 2 : (ROWS > 2 ? 4 : (ROWS > 1 ? 8 : 16));
+    static constexpr int STEP = 32 * ROW_WARPS;
+    static constexpr int PERIOD = Runs::PACKETS / common_divisor(Runs::PACKETS, STEP);
+    static constexpr int SHIFT = PERIOD * STEP / Runs::PACKETS;
+    // Where parts are split, the runs of one; in general the first begins before it, the last ends behind it.
+    static constexpr int IN_PART = ceil_div(M::HELD_K, Runs::LENGTH);
+    static constexpr bool EVEN = !M::SPLIT || (M::HELD_K % Runs::LENGTH == 0 && Runs::COUNT % IN_PART == 0);
+    static constexpr int MOST = M::SPLIT ? (EVEN ? IN_PART : IN_PART + 1) * Runs::PACKETS : Runs::ROW_PACKETS;
+    static constexpr int SHARE = ceil_div(MOST, STEP);  // of a lane
+    static constexpr int BATCH = ceil_div(SHARE, ceil_div(SHARE, RECEIVE_BATCH));
+    static constexpr bool WHOLE = EVEN && MOST % (BATCH * STEP) == 0;  // batches
+};
+
+// Receives M's input, all of it or part `part` if a block holds one at a time, as bf16 among the activations.
+// `packets`: [ROWS][runs]; rest(row, run, packet) takes what the last packet of a run brings besides.
+template <class M, class Runs, class Rest>
 __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets, uint32_t tag, int where,
-                                             int part) {
-    // Runs that reach into the part: the first may begin before it, the last end behind it.
-    constexpr int RUNS = COUNT / RUN, IN_PART = ceil_div(M::HELD_K, LENGTH);
-    constexpr bool EVEN = M::HELD_K % LENGTH == 0 && RUNS % IN_PART == 0;
-    constexpr int MOST = M::SPLIT ? min_of(COUNT, (EVEN ? IN_PART : IN_PART + 1) * RUN) : COUNT;
-    const int begin = M::SPLIT ? part * M::HELD_K : 0, first_run = begin / LENGTH;
-    const int end_run = M::SPLIT ? min_of(ceil_div(begin + M::HELD_K, LENGTH), RUNS) : RUNS;
-    const int count = !M::SPLIT || EVEN ? MOST : (end_run - first_run) * RUN;
-    const auto row_in = [&](int index) { return row_of(index, count); };
-    const auto at = [&](int index) {
-        if (!M::SPLIT) return packets + index;
-        const int row = row_in(index);
-        return packets + row * COUNT + first_run * RUN + index - row * count;
-    };
-    const auto take = [&](int index, const uint4& packet) {
-        const int row = row_in(index), in_row = index - row * count, in_run = in_row % RUN * PER_PACKET;
-        const int k = (first_run + in_row / RUN) * LENGTH - begin + in_run;
-        uint16_t* target = block.activations() + row * ACTIVATION_STRIDE + k;
-        const uint32_t words[3] = {packet.x, packet.y, packet.z};
-        for (int i = 0; i < PER_PACKET; i += 2) {
-            if (in_run + i < LENGTH && k + i >= 0 && k + i < M::HELD_K) {
-                *reinterpret_cast<uint32_t*>(target + i) = words[i / 2];
+                                             int part, Rest rest) {
+    using P = InputPackets<M, Runs>;
+    const int begin = M::SPLIT ? part * M::HELD_K : 0, first_run = begin / Runs::LENGTH;
+    const int end = min_of(begin + M::HELD_K, Runs::COUNT * Runs::LENGTH);
+    const int count = P::EVEN ? P::MOST : (ceil_div(end, Runs::LENGTH) - first_run) * Runs::PACKETS;
+    const int row = block.warp() / P::ROW_WARPS;
+    if (row >= num_rows(block.args)) return true;
+    const int first = block.warp() % P::ROW_WARPS * 32;
+    packets += row * Runs::ROW_PACKETS + first_run * Runs::PACKETS;
+    // One row's input comes late and at once: a grid that asks for all of it again and again would keep the
+    // L2 too busy to deliver it. Of many rows the first have long come when the last do.
+    const bool await = ROWS == 1 && P::BATCH > 1 && first < count;
+    if (await && !await_packet(block, packets + first, tag, where)) return false;
+    uint16_t* activations = block.activations() + row * ACTIVATION_STRIDE;
+    Patience patience(block.args, where);
+    for (int batch = first + block.lane(); batch < count; batch += P::BATCH * P::STEP) {
+        uint4 packet[P::BATCH];
+        const auto at = [&](int i) {
+            const int index = batch + i * P::STEP;
+            return packets + (P::WHOLE ? index : min_of(index, count - 1));
+        };
+        if (!await_packets(patience, tag, at, packet)) return false;
+#pragma unroll
+        for (int i = 0; i < P::BATCH; ++i) {
+            if (!P::WHOLE && batch + i * P::STEP >= count) break;
+            const int like = batch + i % P::PERIOD * P::STEP, run = like / Runs::PACKETS;
+            const int in_run = like - run * Runs::PACKETS, later = i / P::PERIOD * P::SHIFT;
+            const int k = (run + later) * Runs::LENGTH + in_run * Runs::PER_PACKET +
+                          (P::EVEN ? 0 : first_run * Runs::LENGTH - begin);
+            const uint32_t words[3] = {packet[i].x, packet[i].y, packet[i].z};
+            for (int w = 0; w < Runs::PER_PACKET / 2; ++w) {
+                const bool exists = in_run * Runs::PER_PACKET + 2 * w < Runs::LENGTH;
+                const bool held = P::EVEN || (k + 2 * w >= 0 && k + 2 * w < M::HELD_K);
+                if (exists && held) *reinterpret_cast<uint32_t*>(activations + k + 2 * w) = words[w];
+            }
+            if (in_run + 1 == Runs::PACKETS) rest(row, run + later, packet[i]);
+        }
+    }
+    return true;
+}
+
+// Receives M's input and leaves it among the activations, as M's product wants it.
+template <class M, class Runs, class Rest>
+__device__ __forceinline__ bool receive_input(Block& block, const uint4* packets, uint32_t tag, int where,
+                                              int part, Rest rest) {
+    const bool arrived = receive_bf16<M, Runs>(block, packets, tag, where, part, rest);
+    const int end = min_of(M::HELD_K, Runs::COUNT * Runs::LENGTH - (M::SPLIT ? part * M::HELD_K : 0));
+    if constexpr (!INTEGERS) {  // zeros where no packet brings anything; integers take them for granted
+        for (int row = 0; row < num_rows(block.args); ++row) {
+            for (int k = end + block.thread; k < M::HELD_K; k += THREADS) {
+                block.activations()[row * ACTIVATION_STRIDE + k] = 0;
             }
         }
-    };
-    const bool arrived = receive<ROWS * MOST>(block, num_rows(block.args) * count, tag, where, at, take);
-    zero_activation_tail<M>(block, end_run * LENGTH - begin);
+    }
     if (sync_threads_or<THREADS>(!arrived)) return false;
-    prepare_activations<M>(block);
+    if constexpr (INTEGERS) {
+        align_activations<M>(block, end);
+        sync_threads<THREADS>();
+    }
+    return true;
+}
+
+// Receives the residual stream as publish_residual sends it. norm_scale is complete after the block's next
+// barrier.
+template <class M>
+__device__ __forceinline__ bool receive_residual(Block& block, const uint4* packets, uint32_t tag,
+                                                 int where) {
+    const auto keep_squares = [&](int row, int tile, const uint4& packet) {
+        block.shared()->tile_squares[row * HIDDEN_TILES + tile] = __uint_as_float(packet.z);
+    };
+    if (!receive_input<M, HiddenRuns>(block, packets, tag, where, 0, keep_squares)) return false;
+    scale_rows(block);
     return true;
 }
 
@@ -207,34 +223,35 @@ __device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& up
                                           uint32_t tag, int where) {
     constexpr int PAIRS = ceil_div(M::PARTS, 2);
     bool arrived = true;
-    for_half_warps(block, block.residual_tiles() * num_rows(block.args), 0, [&](int job, bool valid) {
-        const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
-        const int base = block.lane() & 16, output = block.lane() & 15;
-        const uint4* of_row = products + row * M::PARTS * M::TILES * FLOAT_PACKETS;
-        const uint4* of_tile = of_row + (blockIdx.x + own_tile * gridDim.x) * FLOAT_PACKETS;
-        // Lanes 0 to 5 ask for the packets of the one part, lanes 8 to 13 for those of the other.
-        const int in_tile = min_of(output % 8, FLOAT_PACKETS - 1);
-        uint4 packet[PAIRS];
-        Patience patience(block.args, where);
-        const auto at = [&](int pair) {
-            const int part = min_of(2 * pair + output / 8, M::PARTS - 1);
-            return of_tile + part * M::TILES * FLOAT_PACKETS + in_tile;
-        };
-        if (__any_sync(0xffffffff, !await_packets(patience, tag, at, packet))) arrived = false;
-        float x = update.before(block, own_tile, row);
-        const int holder = output < 8 ? output / 3 : 3 + (output - 8) / 3;
-        const int word = output < 8 ? output % 3 : (output - 8) % 3;
+    for_half_warps<WARPS>(
+        block, block.warp(), block.residual_tiles() * num_rows(block.args), [&](int job, bool valid) {
+            const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
+            const int base = block.lane() & 16, output = block.lane() & 15;
+            const uint4* of_row = products + row * M::PARTS * M::TILES * FLOAT_PACKETS;
+            const uint4* of_tile = of_row + (blockIdx.x + own_tile * gridDim.x) * FLOAT_PACKETS;
+            // Lanes 0 to 5 ask for the packets of the one part, lanes 8 to 13 for those of the other.
+            const int in_tile = min_of(output % 8, FLOAT_PACKETS - 1);
+            uint4 packet[PAIRS];
+            Patience patience(block.args, where);
+            const auto at = [&](int pair) {
+                const int part = min_of(2 * pair + output / 8, M::PARTS - 1);
+                return of_tile + part * M::TILES * FLOAT_PACKETS + in_tile;
+            };
+            if (__any_sync(0xffffffff, !await_packets(patience, tag, at, packet))) arrived = false;
+            float x = update.before(block, own_tile, row);
+            const int holder = output < 8 ? output / 3 : 3 + (output - 8) / 3;
+            const int word = output < 8 ? output % 3 : (output - 8) % 3;
 #pragma unroll
-        for (int part = 0; part < M::PARTS; ++part) {
-            const int source = base + part % 2 * 8 + holder;
-            const uint4& from = packet[part / 2];
-            const uint32_t words[3] = {__shfl_sync(0xffffffff, from.x, source),
-                                       __shfl_sync(0xffffffff, from.y, source),
-                                       __shfl_sync(0xffffffff, from.z, source)};
-            x += __uint_as_float(word == 0 ? words[0] : (word == 1 ? words[1] : words[2]));
-        }
-        if (arrived) update.finish(block, own_tile, row, x, valid);
-    });
+            for (int part = 0; part < M::PARTS; ++part) {
+                const int source = base + part % 2 * 8 + holder;
+                const uint4& from = packet[part / 2];
+                const uint32_t words[3] = {__shfl_sync(0xffffffff, from.x, source),
+                                           __shfl_sync(0xffffffff, from.y, source),
+                                           __shfl_sync(0xffffffff, from.z, source)};
+                x += __uint_as_float(word == 0 ? words[0] : (word == 1 ? words[1] : words[2]));
+            }
+            if (arrived) update.finish(block, own_tile, row, x, valid);
+        });
     return !sync_threads_or<THREADS>(!arrived);
 }
 
@@ -279,7 +296,7 @@ __device__ __forceinline__ bool embed(Block& block) {
     const uint32_t tag = tag_of(args, layer);
     const float* norm = layer == 0 ? layer_vectors(args, 0) + INPUT_LAYERNORM_OFFSET : args.norm;
     const int jobs = block.residual_tiles() * num_rows(block.args), output = block.thread % TILE_ROWS;
-    for_half_warps(block, jobs, 0, [&](int job, bool valid) {
+    for_half_warps<WARPS>(block, block.warp(), jobs, [&](int job, bool valid) {
         const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
         const int tile = blockIdx.x + own_tile * gridDim.x, k = tile * TILE_ROWS + output;
         float x = 0.0f;
@@ -357,10 +374,8 @@ __device__ __forceinline__ bool o_proj(Block& block, int layer) {
     const NextNorm next(block, vectors + POST_ATTENTION_LAYERNORM_OFFSET);
     Products<OProj> products(block, STAGE_O);
     const auto receive = [&](int part) {
-        if (!receive_bf16<OProj, 6, HEAD_PACKETS, HEAD_DIM, ATTENTION_PACKETS>(block, packets.attention(),
-                                                                               tag, where, part)) {
+        if (!receive_input<OProj, HeadRuns>(block, packets.attention(), tag, where, part, no_rest))
             return false;
-        }
         mark(block, layer, MARK_O_IN);
         next.keep(block);
         return true;
@@ -417,8 +432,7 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     const NextNorm next(block, last ? block.args.norm : vectors + VECTORS_SIZE + INPUT_LAYERNORM_OFFSET);
     Products<DownProj> products(block, STAGE_DOWN);
     const auto receive = [&](int part) {
-        if (!receive_bf16<DownProj, 4, BF16_PACKETS, 8, ACTIVATION_PACKETS>(block, packets.activation(), tag,
-                                                                            where, part)) {
+        if (!receive_input<DownProj, GateUpRuns>(block, packets.activation(), tag, where, part, no_rest)) {
             return false;
         }
         mark(block, layer, MARK_DOWN_IN);

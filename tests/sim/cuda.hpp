@@ -41,6 +41,11 @@ inline uint2 make_uint2(uint32_t x, uint32_t y) {
     return {x, y};
 }
 
+// The larger of each two halves.
+inline uint32_t __vmaxu2(uint32_t x, uint32_t y) {
+    return std::max(x & 0xffff, y & 0xffff) | std::max(x >> 16, y >> 16) << 16;
+}
+
 // Bytes of x (0 to 3) and y (4 to 7); each nibble of `selector` names one, its upper bit being 0 here.
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     const uint64_t both = x | static_cast<uint64_t>(y) << 32;
