@@ -2,18 +2,13 @@
 
 One thread for NumPy's products, set before NumPy is loaded: the tests' matrices are small, and on a busy
 machine the threads of BLAS mostly wait for each other. No limit for the time of an example.
-
-No collection of garbage: simulated kernels with mistakes may write wherever their process may. What one had
-harmed, although nobody used it any more, seems to be what the collector ended the process over, tests later.
 """
 
-import gc
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from hypothesis import settings
 
-gc.disable()
 settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")

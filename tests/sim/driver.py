@@ -169,11 +169,12 @@ def compile_once(arguments: list[str], target: Path) -> Path:
 def guarded_array(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
     """A new array that ends, but for the rounding to 16 bytes, at an inaccessible page and starts behind one.
 
-    Every byte is 0xff: NaN as a float and as a bf16, so that what was never written shows.
+    Every byte is 0xff: NaN as a float and as a bf16, so that what was never written shows. What a child of
+    this process writes there is its own.
     """
     nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     size = ceil_div(nbytes, mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + 2 * mmap.PAGESIZE)
+    memory = mmap.mmap(-1, size + 2 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for page in (base, base + mmap.PAGESIZE + size):
         if ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, 0) != 0:
