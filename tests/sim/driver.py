@@ -7,7 +7,9 @@ forward(). README.md beside this file says how to debug a kernel with it.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import json
@@ -45,9 +47,12 @@ from ffmini.results import HostMemory, check_query
 from ffmini.rope import rope_tables
 
 SIM_DIR = Path(__file__).resolve().parent
-FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")
+# The machine is compiled once, kernels for a few runs each: debug information is a quarter of the time.
+MACHINE_FLAGS, KERNEL_FLAGS, DEBUG_FLAGS = ("-O2", "-g"), ("-O1",), ("-g",)
 SANITIZERS = (
     "-O0",
+    "-g",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
     "-fno-omit-frame-pointer",
@@ -134,35 +139,48 @@ def build(defines: dict[str, str], cuda: Path | None = None, coverage: bool = Fa
     """
     own = sorted(path for path in SIM_DIR.iterdir() if path.suffix in (".cpp", ".hpp", ".cuh"))
     device = sorted((cuda or resource_dir("cuda")).glob("*.cu*"))
-    flags = [*FLAGS, *(SANITIZERS if is_sanitized() else ()), f"-I{SIM_DIR}"]
+    common = directory_for(own)
+    sanitizers = SANITIZERS if is_sanitized() else ()
+    machine = [*FLAGS, *MACHINE_FLAGS, *sanitizers, f"-I{SIM_DIR}", "-c"]
     objects = [
-        str(compile_once([*flags, "-c", str(SIM_DIR / f"{name}.cpp")], directory_for(own) / f"{name}.o"))
+        str(compile_once([*machine, str(SIM_DIR / f"{name}.cpp")], common / f"{name}.o"))
         for name in ("fiber", "machine")
     ]
     tree = directory_for(own + device)
     for path in device:  # the device's sources, but for ptx.cuh its host twin
         link = tree / path.name
-        if not link.exists():
+        with contextlib.suppress(FileExistsError):
             link.symlink_to(SIM_DIR / path.name if path.name == "ptx.cuh" else path)
+    flags = [*FLAGS, *KERNEL_FLAGS, *sanitizers, *(COVERAGE if coverage else ()), f"-I{SIM_DIR}"]
+    if os.environ.get("FFMINI_SIM_DEBUG"):
+        flags += DEBUG_FLAGS
+    # What all kernels begin with is compiled first, once.
+    prefix = compile_once([*flags, "-x", "c++-header", str(SIM_DIR / "ptx.cuh")], common / "ptx.cuh.gch")
+    flags += ["-include", str(prefix.with_suffix("")), f"-I{tree}"]
     constants = [f"-D{name}={value}" for name, value in sorted(defines.items())]
-    if coverage:
-        flags += COVERAGE
-    arguments = [*flags, f"-I{tree}", "-shared", *constants, str(SIM_DIR / "sim.cpp"), *objects]
+    arguments = [*flags, "-shared", *constants, str(SIM_DIR / "sim.cpp"), *objects]
     return compile_once(arguments, tree / "sim.so")
 
 
 def compile_once(arguments: list[str], target: Path) -> Path:
-    """What g++ makes of `arguments`, `target` with a digest of them before its name; SimError if it fails."""
+    """What g++ makes of `arguments`, `target` with a digest of them before its name; SimError if it fails.
+
+    Another process that wants the same at the same time waits for it.
+    """
     compiler = find_compiler()
     digest = hashlib.blake2b(repr(arguments).encode(), digest_size=12).hexdigest()
     finished = target.with_name(f"{digest}-{target.name}")
-    if not finished.is_file():
-        partial = finished.with_name(f"{finished.name}-{os.getpid()}")
-        command = [compiler, *arguments, "-o", str(partial)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise SimError(f"cuda/ does not compile for the simulator:\n{result.stderr[:4000]}")
-        partial.rename(finished)
+    if finished.is_file():
+        return finished
+    with open(finished.with_name(f"{finished.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.is_file():
+            partial = finished.with_name(f"{finished.name}-{os.getpid()}")
+            command = [compiler, *arguments, "-o", str(partial)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                raise SimError(f"cuda/ does not compile for the simulator:\n{result.stderr[:4000]}")
+            partial.rename(finished)
     return finished
 
 
