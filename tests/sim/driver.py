@@ -7,7 +7,6 @@ forward(). README.md beside this file says how to debug a kernel with it.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import fcntl
 import functools
@@ -103,10 +102,10 @@ def build_root() -> Path:
 
 
 def directory_for(sources: list[Path]) -> Path:
-    """A directory among the builds for what is made of `sources`: a new one when any of them changes."""
+    """A directory among the builds for what is made of `sources`: of their texts, wherever they lie."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sources:
-        digest.update(str(path).encode() + path.read_bytes())
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     directory = build_root() / digest.hexdigest()
     directory.mkdir(parents=True, exist_ok=True)
     return directory
@@ -148,9 +147,7 @@ def build(defines: dict[str, str], cuda: Path | None = None, coverage: bool = Fa
     ]
     tree = directory_for(own + device)
     for path in device:  # the device's sources, but for ptx.cuh its host twin
-        link = tree / path.name
-        with contextlib.suppress(FileExistsError):
-            link.symlink_to(SIM_DIR / path.name if path.name == "ptx.cuh" else path)
+        place_copy(SIM_DIR / path.name if path.name == "ptx.cuh" else path, tree / path.name)
     flags = [*FLAGS, *KERNEL_FLAGS, *sanitizers, *(COVERAGE if coverage else ()), f"-I{SIM_DIR}"]
     if os.environ.get("FFMINI_SIM_DEBUG"):
         flags += DEBUG_FLAGS
@@ -160,6 +157,14 @@ def build(defines: dict[str, str], cuda: Path | None = None, coverage: bool = Fa
     constants = [f"-D{name}={value}" for name, value in sorted(defines.items())]
     arguments = [*flags, "-shared", *constants, str(SIM_DIR / "sim.cpp"), *objects]
     return compile_once(arguments, tree / "sim.so")
+
+
+def place_copy(source: Path, target: Path) -> None:
+    """`target` with the text of `source`; other processes find all of it or nothing."""
+    if not target.exists():
+        partial = target.with_name(f"{target.name}-{os.getpid()}")
+        shutil.copyfile(source, partial)
+        partial.rename(target)
 
 
 def compile_once(arguments: list[str], target: Path) -> Path:
