@@ -87,7 +87,7 @@ def check_model(packed: PackedModel, length: int = 70, tail: int = 6) -> None:
     reference = exact.forward(prompt, 0, "all")
     own_error = error(oracle.forward(prompt, 0, "all"), reference)
     decoder = gpu.GPUDecoder(packed, length + tail, progress=False)
-    most = max(decoder._builds)
+    most = decoder.max_rows
     poison(decoder)
     logits = [decoder.forward(prompt[:length], 0, "all")]
     last = length - (length - 1) // most * most

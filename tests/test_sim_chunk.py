@@ -37,6 +37,7 @@ from sim_cases import (
 )
 
 from ffmini.errors import GenerationError
+from ffmini.kernel import chunk_scratch_bound
 from ffmini.numerics import to_bf16
 from ffmini.packing import PackedModel
 
@@ -126,6 +127,7 @@ class Both:
             self.passes, rows=CHUNK_ROWS, shared_limit=limit, wgmma=wgmma, cuda=cuda, coverage=coverage
         )
         self.tokens = case_tokens(packed, CHUNK_ROWS)
+        self.scratch_bound = chunk_scratch_bound(packed.config, packed.layouts, max_seq_len, CHUNK_ROWS)
 
     def run(
         self, kernel: SimDecoder | SimChunk, start: int, sizes: list[int], balanced: bool = False
@@ -149,6 +151,7 @@ class Both:
 
     def check(self, start: int, runs: dict[tuple[int, int], list[int]], balanced: bool = False) -> None:
         """Chunks leave what passes leave; `runs`: (blocks, seed) -> their sizes."""
+        assert self.chunk.info["scratch_bytes"] <= self.scratch_bound
         expected = self.run(self.passes, start, [sum(next(iter(runs.values())))], balanced)
         for (self.chunk.blocks, self.chunk.seed), sizes in runs.items():
             found = self.run(self.chunk, start, sizes, balanced)
