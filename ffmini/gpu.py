@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from .kernel import (
     MODEL_ARGS,
     PANEL_ROWS,
     PASS_ARGS,
+    chunk_scratch_bound,
     copies_in_flight,
     has_bulk_copies,
     has_wgmma,
@@ -57,6 +58,8 @@ ROW_NUMBERS = np.arange(MAX_ROWS, dtype=np.int32)
 NOT_READY = 600  # cudaErrorNotReady
 LOOK_SECONDS = 0.003  # between looks at CUDA's own state while results are awaited
 POLLS = 50  # of results between looks at the pass's status
+
+Build = TypeVar("Build", PassBuild, ChunkBuild)
 
 
 def free_memory(ordinal: int = 0) -> int:
@@ -133,6 +136,8 @@ class _List:
 class GPUDecoder:
     """Runs passes of one model on one GPU.
 
+    The build for the fewest rows is compiled at once, the others when a call first needs them.
+
     Errors: DeviceError if the device can't run the kernel, MemoryBudgetError (a DeviceError) with the
     numbers if it lacks memory, GenerationError if a pass fails; the decoder stays usable after the last.
     """
@@ -188,8 +193,8 @@ class GPUDecoder:
             bulk_copies = has_bulk_copies(arch)
         bandwidth = memory_bandwidth(ordinal)
         most = max_rows(packed.config, packed.layouts, max_seq_len, shared_limit, blocks)
-        builds = [
-            kernel_defines(
+        self._defines = {
+            r: kernel_defines(
                 packed.config,
                 packed.layouts,
                 rows=r,
@@ -201,25 +206,32 @@ class GPUDecoder:
                 test_pauses=test_pauses,
                 stage_times=stage_times,
             )
-            for r in rows or sorted({1, most})
-        ]
-        launch = arch, blocks, multiprocessors
+            for r in sorted(rows or {1, most})
+        }
+        least, self.max_rows = min(self._defines), max(self._defines)
+        self._chunk_defines = self._defines[least] | {"WGMMA": str(int(wgmma))} if chunks else None
+        self._launch_sizes = arch, blocks, multiprocessors
+        self._builds: dict[int, PassBuild] = {}
+        self._chunk: ChunkBuild | None = None
         with cupy.cuda.Device(ordinal), cupy.cuda.using_allocator(self._pool.malloc):
             cupy.cuda.runtime.setDevice(ordinal)  # a thread that has not used any GPU yet has no context
             self._context: int = cupy.cuda.driver.ctxGetCurrent()
-            self._builds = {int(d["ROWS"]): PassBuild(cupy, d, *launch) for d in builds}
-            self._chunk = (
-                ChunkBuild(cupy, builds[0] | {"WGMMA": str(int(wgmma))}, *launch) if chunks else None
-            )
-            self.max_rows = max(self._builds)
-            self._check_memory(packed)
-            self._upload(packed, progress)
+            build = PassBuild(cupy, self._defines[least], *self._launch_sizes)
+            self._check_memory(packed, self._scratch_bound(packed, build))
+            self._upload(packed, build, progress)
+            self._builds[least] = build
 
-    def _check_memory(self, packed: PackedModel) -> None:
+    def _scratch_bound(self, packed: PackedModel, least: PassBuild) -> int:
+        """An upper bound of the memory that passes and chunks work in, of builds that are yet to come too."""
+        packets = sum(ceil_div(rows, least.rows) for rows in self._defines) * least.scratch_bytes
+        chunk = 0
+        if self._chunk_defines is not None:
+            chunk = chunk_scratch_bound(self.config, packed.layouts, self.max_seq_len)
+        return packets + chunk + 4 * self.config.vocab_size * self.max_rows
+
+    def _check_memory(self, packed: PackedModel, scratch: int) -> None:
         weights = packed.nbytes
         cache = kv_cache_bytes(self.config, self.num_slots * self.max_seq_len)
-        scratch = sum(build.scratch_bytes for build in self._all_builds())
-        scratch += 4 * self.config.vocab_size * self.max_rows
         free = free_memory(self._ordinal)
         if weights + cache + scratch > free:
             raise MemoryBudgetError(
@@ -227,7 +239,7 @@ class GPUDecoder:
                 f"scratch {scratch / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
             )
 
-    def _upload(self, packed: PackedModel, progress: bool) -> None:
+    def _upload(self, packed: PackedModel, build: PassBuild, progress: bool) -> None:
         cupy, config = self._cupy, self.config
         size = layer_bytes(packed.layouts)
         self._layers = cupy.empty(config.num_layers * size, dtype=cupy.uint8)
@@ -250,7 +262,6 @@ class GPUDecoder:
         self._logits = cupy.empty((self.max_rows, config.vocab_size), dtype=cupy.float32)
         self._gave_up = cupy.zeros(1, dtype=cupy.uint32)
         self._device_ids = cupy.zeros((MAX_ROWS, MAX_QUERIED), dtype=cupy.int32)
-        build = next(iter(self._builds.values()))
         memory = pinned_array(cupy, (HostMemory.nbytes(self.max_rows),), np.uint8)
         memory[...] = 0
         self._host = HostMemory(memory, self.max_rows)
@@ -261,15 +272,36 @@ class GPUDecoder:
         self.ring_slots = build.ring_slots  # of the build for the fewest rows
         shape = (config.num_layers + 1, build.marks, build.blocks if self._stage_times else 0)
         self.stage_times = cupy.zeros(shape, dtype=cupy.uint64)
-        for build in self._all_builds():
-            build.allocate(cupy)
+        build.allocate(cupy)
         self._set_args(self._make_args())
-        if self._chunk is not None:
+
+    def _pass_build(self, rows: int) -> PassBuild:
+        """The build for `rows` rows, one of self._defines."""
+        build = self._builds.get(rows)
+        if build is None:
+            self._builds[rows] = build = self._load(PassBuild, self._defines[rows])
+        return build
+
+    def _chunk_build(self) -> ChunkBuild:
+        if self._chunk is None:
+            self._chunk = self._load(ChunkBuild, self._chunk_defines)
             for name, _ in MODEL_ARGS:
                 self._chunk.args[name] = self._args[name]
+        return self._chunk
 
-    def _all_builds(self) -> list[PassBuild | ChunkBuild]:
-        return [*self._builds.values(), *([] if self._chunk is None else [self._chunk])]
+    def _load(self, kind: type[Build], defines: dict[str, str]) -> Build:
+        """A build that a call needs for the first time, compiled unless a cache has it, and its memory."""
+        cupy = self._cupy
+        with self._on_device(), cupy.cuda.using_allocator(self._pool.malloc):
+            build = kind(cupy, defines, *self._launch_sizes)
+            try:
+                build.allocate(cupy)
+            except cupy.cuda.memory.OutOfMemoryError as error:
+                raise MemoryBudgetError(
+                    f"{self.device}: {build.scratch_bytes / 2**20:.0f} MiB of scratch needed, "
+                    f"{free_memory(self._ordinal) / 2**20:.0f} MiB free"
+                ) from error
+        return build
 
     def _make_args(self) -> np.ndarray:
         args = np.zeros((), dtype=PASS_ARGS)
@@ -325,7 +357,7 @@ class GPUDecoder:
                 first = 0 if logits == "all" else count - (logits == "last" and ends)
                 for at in range(first, count, self.max_rows):
                     rest = self._tail(part, at, min(at + self.max_rows, count))
-                    pieces.append(self._finish_rows(rest, self._chunk.residual(at)))
+                    pieces.append(self._finish_rows(rest, self._chunk_build().residual(at)))
                 self.finish()
         else:
             for at in range(0, len(tokens), self.max_rows):
@@ -354,7 +386,7 @@ class GPUDecoder:
 
     def _takes_chunks(self, count: int) -> bool:
         """Whether so many rows of one sequence are faster in chunks than in passes."""
-        return self._chunk is not None and count > CHUNK_LEAST * self.max_rows
+        return self._chunk_defines is not None and count > CHUNK_LEAST * self.max_rows
 
     def _chunks(self, work: Work) -> Iterator[Work]:
         """The rows of `work` in chunks of about the same number of whole panels."""
@@ -372,15 +404,15 @@ class GPUDecoder:
         """
         self.finish()
         with self._on_device():
-            return self._chunk.stage_times.get()
+            return self._chunk_build().stage_times.get()
 
     def _run_chunk(self, work: Work) -> None:
         """Queue one chunk, without waiting for it."""
         self.settle()
         self._listed = 0
-        number = self._next_pass()
+        chunk, number = self._chunk_build(), self._next_pass()
         with self._on_device():
-            self._chunk.run(self._cupy, number, work.slot, work.start, work.tokens)
+            chunk.run(self._cupy, number, work.slot, work.start, work.tokens)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -388,7 +420,7 @@ class GPUDecoder:
 
     def _rows_for(self, count: int) -> int:
         """The smallest build that takes so many rows."""
-        return min(r for r in self._builds if r >= count)
+        return min(r for r in self._defines if r >= count)
 
     def launch(self, rows: int, tokens: np.ndarray, start: int, wanted: int, slot: int = 0) -> None:
         """Queue one pass of the build for `rows` rows, without waiting for it; see PassArgs for `wanted`."""
@@ -402,7 +434,7 @@ class GPUDecoder:
         self._launch(self._next_pass(), rows, works, wanted)
 
     def _launch(self, number: int, rows: int, works: Sequence[Work], wanted: int, residual: int = 0) -> None:
-        build, fields, at = self._builds[rows], self._fields, 0
+        build, fields, at = self._pass_build(rows), self._fields, 0
         for work in works:
             count = len(work.tokens)
             end = at + count
@@ -487,9 +519,8 @@ class GPUDecoder:
             self._run_chunk(part)
         first = len(work.tokens) - len(work.queries)
         rest = self._tail(work, first, len(work.tokens))
-        return [rest._replace(queries=work.queries)], self._chunk.residual(
-            len(part.tokens) - len(work.queries)
-        )
+        residual = self._chunk_build().residual(len(part.tokens) - len(work.queries))
+        return [rest._replace(queries=work.queries)], residual
 
     def _split(self, works: Sequence[Work], queried: int) -> tuple[list[Work], list[Work]]:
         """What of `works` goes in passes before the last one, and what in that, which has the `queried` rows.

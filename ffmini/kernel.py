@@ -20,7 +20,7 @@ import numpy as np
 from .candidates import MAX_QUERIED
 from .config import ModelConfig
 from .errors import DeviceError
-from .layout import KV_BLOCK, PART_SEGMENTS, SEGMENT, MatrixLayout, ceil_div
+from .layout import KV_BLOCK, PART_SEGMENTS, SEGMENT, TILE_ROWS, MatrixLayout, ceil_div
 from .packing import vector_offsets, vectors_length
 from .resources import resource_dir
 
@@ -28,6 +28,7 @@ MAX_ROWS = 8
 WARPS = 16
 KERNEL_NAME, CHUNK_KERNEL_NAME = "ffmini_pass", "ffmini_chunk"
 CHUNK_ROWS = 512  # of a chunk, at most
+MERGE_RUN = 16  # partial softmaxes that are merged before others
 PANEL_ROWS = 128  # where chunks are cut: one panel of rows in bf16, two of a quantised model
 COPY_SECONDS = 1e-6  # about what a bulk copy takes while the memory is busy (H100, H200)
 VECTOR_NAMES = (
@@ -204,6 +205,24 @@ def _shared_bytes(
     merge = 8 * splits + 4 * head_dim * (ceil_div(splits, 16) + 2)
     candidates = 8 * MAX_BLOCKS * LISTED + 4096 + 1280 * rows
     return max(activations, attention, merge, candidates) + tail + marks + ring_bytes
+
+
+def chunk_scratch_bound(
+    config: ModelConfig, layouts: dict[str, MatrixLayout], max_seq_len: int, rows: int = CHUNK_ROWS
+) -> int:
+    """An upper bound of the bytes of global memory that chunks of `rows` rows work in; see cuda/chunk.cu."""
+    inputs = [layouts[name].segments * SEGMENT for name in ("qkv_proj", "o_proj", "down_proj")]
+    heads, splits, tiles = config.num_heads, ceil_div(max_seq_len, KV_BLOCK), layouts["o_proj"].tiles
+    row = 4 * tiles * (TILE_ROWS + 1) + 4  # the residual stream, its squares, a norm's scale
+    row += 4 * layouts["qkv_proj"].tiles * TILE_ROWS + 2 * heads * config.head_dim
+    row += 2 * sum(inputs)
+    row += 4 * max(inputs) // SEGMENT + 4 * max(inputs) // 32
+    if layouts["qkv_proj"].format != "bf16":
+        row += 2 * max(inputs)  # of one of them as integers
+    row += 4 * heads * splits
+    if splits > MERGE_RUN:
+        row += 8 * heads * (config.head_dim + TILE_ROWS)
+    return rows * row + 2048
 
 
 def kernel_defines(

@@ -1,19 +1,26 @@
-"""What all tests of a process share.
+"""What all tests share.
 
 One thread for NumPy's products, set before NumPy is loaded: the tests' matrices are small, and on a busy
-machine the threads of BLAS mostly wait for each other. No limit for the time of an example.
-
-No collection of garbage: simulated kernels with mistakes may write wherever their process may. What one had
-harmed, although nobody used it any more, seems to be what the collector ended the process over, tests later.
+machine the threads of BLAS mostly wait for each other. No limit for the time of an example. One directory for
+the builds of the simulated kernels, for all processes among which the tests are distributed.
 """
 
-import gc
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import settings
 
-gc.disable()
 settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The first process has it made; those that it starts inherit its environment."""
+    if not os.environ.get("FFMINI_SIM_DIR"):
+        directory = tempfile.mkdtemp(prefix="ffmini-sim-")
+        os.environ["FFMINI_SIM_DIR"] = directory
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import itertools
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from comparison import ask, check_candidates, query
+from sim_cases import Case, pack_case
 
 from ffmini import gpu
 from ffmini.candidates import MAX_QUERIED, Candidates, Query
-from ffmini.errors import DeviceError, GenerationError
+from ffmini.errors import DeviceError, GenerationError, MemoryBudgetError
 from ffmini.kernel import (
     AWAITED,
     CHUNK_ROWS,
@@ -26,8 +31,9 @@ from ffmini.kernel import (
     MAX_ROWS,
     PANEL_ROWS,
     PASS_ARGS,
+    chunk_scratch_bound,
 )
-from ffmini.launch import PassBuild
+from ffmini.launch import ChunkBuild, PassBuild
 from ffmini.passes import Work
 from ffmini.results import HostMemory
 
@@ -126,10 +132,10 @@ class HostSide(gpu.GPUDecoder):
     def __init__(self, token_seconds: float = 1.0) -> None:
         self.config: Any = SimpleNamespace(vocab_size=VOCAB, num_layers=2)
         self.max_seq_len, self.num_slots, self.device = MAX_SEQ_LEN, SLOTS, "cuda:0"
-        packets = SimpleNamespace(fill=lambda value: None)
-        packets.data = SimpleNamespace(ptr=0)
-        self._builds: Any = {rows: SimpleNamespace(exchange=packets) for rows in (1, 4)}
-        self.max_rows, self._chunk = 4, None
+        self.loaded: list[str] = []  # in what order the builds were
+        self._defines = {rows: {"ROWS": str(rows)} for rows in (1, 4)}
+        self._builds, self._chunk_defines, self._chunk = {}, None, None
+        self.max_rows = 4
         self._pass = self._checked = self._listed = 0
         self._gave_up: Any = np.zeros(1, np.uint32)
         self._waiting, self._closed = None, False
@@ -150,6 +156,14 @@ class HostSide(gpu.GPUDecoder):
         self._ordinal, self._context = 0, 0
         self.launched: dict[int, int] = {}  # of each event, the pass that it was recorded behind
         self.fake.start()
+
+    def _load(self, kind: type, defines: dict[str, str]) -> Any:
+        if kind is ChunkBuild:
+            self.loaded.append("chunk")
+            return FakeChunk()
+        self.loaded.append(f"{defines['ROWS']} rows")
+        packets = SimpleNamespace(fill=lambda value: None, data=SimpleNamespace(ptr=0))
+        return SimpleNamespace(exchange=packets)
 
     def query(self, event: int) -> int:
         return 0 if self.launched[event] in self.fake.ended else gpu.NOT_READY
@@ -213,6 +227,7 @@ class FakeChunk:
 
     def __init__(self) -> None:
         self.ran: list[tuple[int, int, list[int]]] = []
+        self.args: dict[str, Any] = {}
 
     def run(self, cupy: Any, number: int, slot: int, start: int, tokens: np.ndarray) -> None:
         self.ran.append((slot, start, tokens.tolist()))
@@ -222,9 +237,98 @@ class FakeChunk:
 
 
 def chunked() -> tuple[HostSide, FakeChunk]:
-    decoder, chunk = HostSide(), FakeChunk()
-    decoder._chunk = chunk  # type: ignore[assignment]
-    return decoder, chunk
+    decoder = HostSide()
+    decoder._chunk_defines = {}
+    return decoder, decoder._chunk_build()  # type: ignore[return-value]
+
+
+def test_builds_are_loaded_when_they_are_needed() -> None:
+    """Each once: tokens one by one, a short prompt, tokens of several slots, a long prompt."""
+    decoder, asked = HostSide(), query([3])
+    decoder._chunk_defines = {}
+    expected: list[str] = []
+    works = [Work(slot, np.array([slot]), 5, (asked,)) for slot in range(SLOTS)]
+    for call, build in (
+        (lambda: ask(decoder, np.array([4]), 0, asked, ahead=True), "1 rows"),
+        (lambda: ask(decoder, np.arange(3), 0, asked, ahead=True), "4 rows"),
+        (lambda: run(decoder, works), None),
+        (lambda: ask(decoder, np.arange(20), 0, asked, ahead=True), "chunk"),
+        (lambda: decoder.forward(np.arange(20), 3), None),
+    ):
+        expected += [] if build is None else [build]
+        for _ in range(2):
+            call()
+            assert decoder.loaded == expected
+    assert decoder._chunk.args["num_slots"] == decoder._args["num_slots"]
+
+
+def test_a_build_that_cannot_be_loaded() -> None:
+    """The call ends with what it says; others go on, and so does the same one when there is room."""
+    decoder, load = HostSide(), HostSide._load
+    ask(decoder, np.array([4]), 0, query([1]), ahead=True)
+
+    def fail(kind: type, defines: dict[str, str]) -> None:
+        raise MemoryBudgetError("5 MiB of scratch needed, 2 MiB free")
+
+    decoder._load = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(MemoryBudgetError, match="5 MiB of scratch needed"):
+        ask(decoder, np.arange(3), 1, query([1]))
+    check(ask(decoder, np.array([6]), 1, query([1])), 6, 1, query([1]))
+    decoder._load = functools.partial(load, decoder)  # type: ignore[method-assign]
+    check(ask(decoder, np.arange(3), 1, query([1])), 2, 3, query([1]))
+
+
+class Loading:
+    """What the constructor needs of CuPy, with so much memory free; which builds it makes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        self.made: list[str] = []
+        cupy = MagicMock()
+        properties = {"multiProcessorCount": 132, "sharedMemPerBlockOptin": 232_448, "major": 9, "minor": 0}
+        cupy.cuda.runtime.getDeviceProperties.return_value = properties
+        monkeypatch.setattr(gpu, "why_unusable", lambda ordinal: None)
+        monkeypatch.setattr(gpu, "import_cupy", lambda: cupy)
+        monkeypatch.setattr(gpu, "memory_bandwidth", lambda ordinal: 4e12)
+        monkeypatch.setattr(gpu, "free_memory", lambda ordinal: free)
+        monkeypatch.setattr(gpu, "PassBuild", self.make)
+        monkeypatch.setattr(gpu, "ChunkBuild", lambda *_: pytest.fail("the chunk is compiled"))
+        monkeypatch.setattr(gpu.GPUDecoder, "_upload", lambda *_: None)
+
+    def make(self, cupy: Any, defines: dict[str, str], *launch: Any) -> SimpleNamespace:
+        self.made.append(defines["ROWS"])
+        return SimpleNamespace(rows=int(defines["ROWS"]), scratch_bytes=1 << 20)
+
+
+def test_loading_makes_one_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And checks that there is memory for all that may come."""
+    packed = pack_case(tmp_path / "model", Case("llama2"))
+    loading = Loading(monkeypatch, 2**30)
+    assert gpu.GPUDecoder(packed, 64).max_rows == 8
+    assert loading.made == ["1"]
+    needed = packed.nbytes + gpu.kv_cache_bytes(packed.config, 64)
+    needed += (
+        (9 << 20) + 4 * 8 * packed.config.vocab_size + chunk_scratch_bound(packed.config, packed.layouts, 64)
+    )
+    Loading(monkeypatch, needed)
+    gpu.GPUDecoder(packed, 64)
+    Loading(monkeypatch, needed - 1)
+    with pytest.raises(MemoryBudgetError, match=r"scratch \d+ MiB needed, \d+ MiB free"):
+        gpu.GPUDecoder(packed, 64)
+
+
+def test_no_memory_for_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That others have taken since the model was loaded: one line says how much there is."""
+    decoder = decoder_on(Cuda(1, 101))
+    cuda: Any = decoder._cupy.cuda
+    cuda.memory = SimpleNamespace(OutOfMemoryError=MemoryError)
+    cuda.using_allocator = lambda _: contextlib.nullcontext()
+    decoder.device, decoder._pool, decoder._launch_sizes = "cuda:1", MagicMock(), ()
+    build = MagicMock(scratch_bytes=5 << 20)
+    build.allocate.side_effect = MemoryError
+    monkeypatch.setattr(gpu, "free_memory", lambda ordinal: 3 << 20)
+    with pytest.raises(MemoryBudgetError) as raised:
+        decoder._load(lambda *_: build, {})  # type: ignore[arg-type]
+    assert str(raised.value) == "cuda:1: 5 MiB of scratch needed, 3 MiB free"
 
 
 def test_a_long_prompt_goes_in_a_chunk() -> None:

@@ -13,7 +13,7 @@ from ffmini.errors import DeviceError
 from ffmini.model import bundled_model_path
 from ffmini.packing import make_layouts
 from ffmini.shapes import SHAPES
-from tools.kernel_report import DEVICES, report
+from tools.kernel_report import DEVICES, MAX_SEQ_LEN, report
 
 NAMES = [*SHAPES, "bundled"]
 FORMATS = ("bf16", "int8", "int4")
@@ -39,6 +39,9 @@ def test_compiles_without_spills(arch: str, name: str, dtype: str, kind: str) ->
     assert found.registers <= MAX_REGISTERS[found.threads]
     assert found.seconds <= MAX_SECONDS
     assert found.shared_bytes <= DEVICES[arch][0] and found.ring_slots >= 1
+    if kind == "chunk":
+        bound = kernel.chunk_scratch_bound(config, make_layouts(config, dtype), MAX_SEQ_LEN)
+        assert found.scratch_bytes <= bound <= 1.5 * found.scratch_bytes
 
 
 def bundled_defines() -> dict[str, str]:
@@ -83,7 +86,16 @@ STRUCTS = {
 }
 
 
-CONSTANTS = ("LISTED", "MOST_LISTED", "MAX_BLOCKS", "MAX_ROWS", "AWAITED", "MAIL_APPEND", "MAIL_LEAVE")
+CONSTANTS = (
+    "MERGE_RUN",
+    "LISTED",
+    "MOST_LISTED",
+    "MAX_BLOCKS",
+    "MAX_ROWS",
+    "AWAITED",
+    "MAIL_APPEND",
+    "MAIL_LEAVE",
+)
 
 
 def constant_checks() -> str:

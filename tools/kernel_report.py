@@ -24,6 +24,7 @@ from ffmini.kernel import (
     kernel_defines,
     max_rows,
 )
+from ffmini.launch import PACKET_BYTES
 from ffmini.packing import make_layouts
 from ffmini.shapes import SHAPES
 
@@ -52,6 +53,7 @@ class Report:
     shared_bytes: int
     ring_slots: int  # of each warp's ring, or the block's
     threads: int  # of a block
+    scratch_bytes: int  # of global memory, but for what a pass has for each block
 
 
 def report(arch: str, config: ModelConfig, dtype: str, kind: str) -> Report:
@@ -75,7 +77,8 @@ def report(arch: str, config: ModelConfig, dtype: str, kind: str) -> Report:
     seconds = time.perf_counter() - start
     info = read_build_info(cubin, kind)
     own = (int(info[name]) for name in ("shared_bytes", "ring_slots", "threads"))
-    return Report(read_registers(log), read_spills(log), seconds, *own)
+    scratch = int(info["scratch_bytes"] if kind == "chunk" else PACKET_BYTES * info["exchange_packets"])
+    return Report(read_registers(log), read_spills(log), seconds, *own, scratch)
 
 
 def read_build_info(cubin: bytes, kind: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import fcntl
 import functools
 import hashlib
 import json
@@ -45,9 +46,12 @@ from ffmini.results import HostMemory, check_query
 from ffmini.rope import rope_tables
 
 SIM_DIR = Path(__file__).resolve().parent
-FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")
+# The machine is compiled once, kernels for a few runs each: debug information is a quarter of the time.
+MACHINE_FLAGS, KERNEL_FLAGS, DEBUG_FLAGS = ("-O2", "-g"), ("-O1",), ("-g",)
 SANITIZERS = (
     "-O0",
+    "-g",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
     "-fno-omit-frame-pointer",
@@ -98,10 +102,10 @@ def build_root() -> Path:
 
 
 def directory_for(sources: list[Path]) -> Path:
-    """A directory among the builds for what is made of `sources`: a new one when any of them changes."""
+    """A directory among the builds for what is made of `sources`: of their texts, wherever they lie."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sources:
-        digest.update(str(path).encode() + path.read_bytes())
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     directory = build_root() / digest.hexdigest()
     directory.mkdir(parents=True, exist_ok=True)
     return directory
@@ -134,46 +138,66 @@ def build(defines: dict[str, str], cuda: Path | None = None, coverage: bool = Fa
     """
     own = sorted(path for path in SIM_DIR.iterdir() if path.suffix in (".cpp", ".hpp", ".cuh"))
     device = sorted((cuda or resource_dir("cuda")).glob("*.cu*"))
-    flags = [*FLAGS, *(SANITIZERS if is_sanitized() else ()), f"-I{SIM_DIR}"]
+    common = directory_for(own)
+    sanitizers = SANITIZERS if is_sanitized() else ()
+    machine = [*FLAGS, *MACHINE_FLAGS, *sanitizers, f"-I{SIM_DIR}", "-c"]
     objects = [
-        str(compile_once([*flags, "-c", str(SIM_DIR / f"{name}.cpp")], directory_for(own) / f"{name}.o"))
+        str(compile_once([*machine, str(SIM_DIR / f"{name}.cpp")], common / f"{name}.o"))
         for name in ("fiber", "machine")
     ]
     tree = directory_for(own + device)
     for path in device:  # the device's sources, but for ptx.cuh its host twin
-        link = tree / path.name
-        if not link.exists():
-            link.symlink_to(SIM_DIR / path.name if path.name == "ptx.cuh" else path)
+        place_copy(SIM_DIR / path.name if path.name == "ptx.cuh" else path, tree / path.name)
+    flags = [*FLAGS, *KERNEL_FLAGS, *sanitizers, *(COVERAGE if coverage else ()), f"-I{SIM_DIR}"]
+    if os.environ.get("FFMINI_SIM_DEBUG"):
+        flags += DEBUG_FLAGS
+    # What all kernels begin with is compiled first, once.
+    prefix = compile_once([*flags, "-x", "c++-header", str(SIM_DIR / "ptx.cuh")], common / "ptx.cuh.gch")
+    flags += ["-include", str(prefix.with_suffix("")), f"-I{tree}"]
     constants = [f"-D{name}={value}" for name, value in sorted(defines.items())]
-    if coverage:
-        flags += COVERAGE
-    arguments = [*flags, f"-I{tree}", "-shared", *constants, str(SIM_DIR / "sim.cpp"), *objects]
+    arguments = [*flags, "-shared", *constants, str(SIM_DIR / "sim.cpp"), *objects]
     return compile_once(arguments, tree / "sim.so")
 
 
+def place_copy(source: Path, target: Path) -> None:
+    """`target` with the text of `source`; other processes find all of it or nothing."""
+    if not target.exists():
+        partial = target.with_name(f"{target.name}-{os.getpid()}")
+        shutil.copyfile(source, partial)
+        partial.rename(target)
+
+
 def compile_once(arguments: list[str], target: Path) -> Path:
-    """What g++ makes of `arguments`, `target` with a digest of them before its name; SimError if it fails."""
+    """What g++ makes of `arguments`, `target` with a digest of them before its name; SimError if it fails.
+
+    Another process that wants the same at the same time waits for it.
+    """
     compiler = find_compiler()
     digest = hashlib.blake2b(repr(arguments).encode(), digest_size=12).hexdigest()
     finished = target.with_name(f"{digest}-{target.name}")
-    if not finished.is_file():
-        partial = finished.with_name(f"{finished.name}-{os.getpid()}")
-        command = [compiler, *arguments, "-o", str(partial)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise SimError(f"cuda/ does not compile for the simulator:\n{result.stderr[:4000]}")
-        partial.rename(finished)
+    if finished.is_file():
+        return finished
+    with open(finished.with_name(f"{finished.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.is_file():
+            partial = finished.with_name(f"{finished.name}-{os.getpid()}")
+            command = [compiler, *arguments, "-o", str(partial)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                raise SimError(f"cuda/ does not compile for the simulator:\n{result.stderr[:4000]}")
+            partial.rename(finished)
     return finished
 
 
 def guarded_array(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
     """A new array that ends, but for the rounding to 16 bytes, at an inaccessible page and starts behind one.
 
-    Every byte is 0xff: NaN as a float and as a bf16, so that what was never written shows.
+    Every byte is 0xff: NaN as a float and as a bf16, so that what was never written shows. What a child of
+    this process writes there is its own.
     """
     nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     size = ceil_div(nbytes, mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + 2 * mmap.PAGESIZE)
+    memory = mmap.mmap(-1, size + 2 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for page in (base, base + mmap.PAGESIZE + size):
         if ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, 0) != 0:

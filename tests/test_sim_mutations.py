@@ -1,0 +1,535 @@
+"""That tests of the simulated pass can fail: each of many mistakes in its source is found, all lines run."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comparison import flat, query, same_bits
+from sim.apart import NOT_FOUND, search
+from sim.driver import NoTokenError, SimDecoder, SimError
+from sim.mutations import (
+    Change,
+    Edit,
+    barrier_change,
+    change,
+    count_barriers,
+    find_barriers,
+    mutable_source,
+    place_after,
+    sources_of,
+    vote_change,
+)
+from sim_cases import DEEP, LARGE_SHARED_LIMIT, MAX_SEQ_LEN, Case, case_tokens, make_packer
+from sim_passes import BULK, COPY, deep_logits, lost_hand_overs, lost_packets
+
+from ffmini.errors import GenerationError
+from ffmini.packing import PackedModel
+from ffmini.passes import Work
+
+SEEDS = (*range(4), 28, 56)  # 28: some copies land late, 56: all of them
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], PackedModel]:
+    return make_packer(lambda: tmp_path_factory.mktemp("checkpoint"))
+
+
+STREAM = functools.partial(Edit, "stream.cuh")
+EXCHANGE = functools.partial(Edit, "exchange.cuh")
+CANDIDATES = functools.partial(Edit, "candidates.cuh")
+ITEMS = functools.partial(Edit, "items.cuh")
+ARITHMETIC = functools.partial(Edit, "arithmetic.cuh")
+STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
+LOAD = "load_relaxed_128(at(i))"
+MISSING = "packet[i].w != tag"
+AWAIT = "await_copy(state_.full[threadIdx.x / 32] + head_, parity_)"
+ARRIVE = "mbarrier_arrive(state_.empty[threadIdx.x / 32] + head_)"
+PLANES = "plane_offset(column % 2, 0, block.lane() % 4)"
+EXPECT = "mbarrier_arrive_expect(full, cursor.bytes())"
+
+# Each mistake: the build in which it must be found, and the edits that make it.
+MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
+    # The order of the stream.
+    "tail fetched as a whole slot": (
+        BULK,
+        [STREAM("slots_left_ == 1 ? last_bytes_ : slot_bytes_", "slot_bytes_")],
+    ),
+    # The ring that bulk copies fill: who empties it,
+    "bulk copy not waited for": (BULK, [STREAM(AWAIT, "void()")]),
+    "parity of a full slot not flipped": (BULK, [STREAM("parity_ ^= 1", "parity_")]),
+    "emptying wraps a slot early": (BULK, [STREAM("++head_ == SLOTS", "++head_ == SLOTS - 1")]),
+    "emptying wraps a slot late": (BULK, [STREAM("++head_ == SLOTS", "++head_ == SLOTS + 1")]),
+    "slot given back before it is read": (
+        BULK,
+        [
+            STREAM(AWAIT, f"({AWAIT}, threadIdx.x % 32 == 0 ? {ARRIVE} : void())"),
+            STREAM(ARRIVE, "void()"),
+        ],
+    ),
+    "slot given back twice": (BULK, [STREAM(ARRIVE, f"({ARRIVE}, {ARRIVE})")]),
+    "slot never given back": (BULK, [STREAM(ARRIVE, "void()")]),
+    # ... who fills it,
+    "full slot filled": (BULK, [STREAM("mbarrier_test(state.empty[warp] + tail, tail_parity)", "true")]),
+    "parity of an empty slot not flipped": (BULK, [STREAM("tail_parity ^= 1", "tail_parity")]),
+    "slots not empty at first": (BULK, [STREAM("1", "0", "tail_parity = 1,")]),
+    "parity of a copy under way not flipped": (BULK, [STREAM("oldest_parity ^= 1", "oldest_parity")]),
+    "filling wraps a slot early": (BULK, [STREAM("++tail == SLOTS", "++tail == SLOTS - 1")]),
+    "filling wraps a slot late": (BULK, [STREAM("++tail == SLOTS", "++tail == SLOTS + 1")]),
+    "too few bytes announced": (
+        BULK,
+        [STREAM(EXPECT, "mbarrier_arrive_expect(full, cursor.bytes() - 16)")],
+    ),
+    "too many bytes announced": (
+        BULK,
+        [STREAM(EXPECT, "mbarrier_arrive_expect(full, cursor.bytes() + 16)")],
+    ),
+    "bytes not announced": (BULK, [STREAM(EXPECT, "mbarrier_arrive(full)")]),
+    # ... and what they meet at.
+    "a full slot awaits two arrivals": (BULK, [STREAM("1", "2", "mbarrier_init(full[0] + i, 1)")]),
+    "an empty slot awaits two arrivals": (BULK, [STREAM("1", "2", "mbarrier_init(empty[0] + i, 1)")]),
+    # The ring that each warp fills itself.
+    "copy not waited for": (COPY, [STREAM("copy_async_wait<SLOTS - 1>()", "copy_async_wait<SLOTS>()")]),
+    "copies never closed": (
+        COPY,
+        [STREAM("copy_async_commit()", "void()", "copy_async_commit();\n        tail_ = next(tail_)")],
+    ),
+    "no group for a slot that stays empty": (
+        COPY,
+        [STREAM("copy_async_commit()", "void()", "} else {\n            copy_async_commit()")],
+    ),
+    "ring wraps a slot early": (COPY, [STREAM("slot + 1 == SLOTS", "slot + 2 == SLOTS")]),
+    "ring wraps a slot late": (COPY, [STREAM("slot + 1 == SLOTS", "slot == SLOTS")]),
+    "a slot more in flight than there is": (COPY, [STREAM("SLOTS", "SLOTS + 1", "empty_ = SLOTS;")]),
+    "no fetch over the border of a stage": (
+        COPY,
+        [Edit("matvec.cuh", "block.stream.refill()", "void()")],
+    ),
+    "no fetch over the border of an item": (
+        COPY,
+        [
+            Edit("attention.cuh", "block.stream.refill()", "void()", f"{before};\n    block.stream.refill()")
+            for before in ("score_tile(block, item, score)", "append_to_cache(block, item, layer)")
+        ],
+    ),
+    # The exchange.
+    "store torn": (
+        BULK,
+        [
+            EXCHANGE(
+                STORE,
+                "(store_relaxed_32(&packet->x, x), store_relaxed_32(&packet->y, y), "
+                "store_relaxed_32(&packet->z, z), store_relaxed_32(&packet->w, tag))",
+            )
+        ],
+    ),
+    "load torn": (
+        BULK,
+        [
+            EXCHANGE(
+                LOAD,
+                f"uint4{{{', '.join(f'load_relaxed_32(&{LOAD[17:-1]}->{word})' for word in 'xyzw')}}}",
+            )
+        ],
+    ),
+    "published without a tag": (BULK, [EXCHANGE(STORE, STORE.replace("tag", "0"))]),
+    "tag not compared": (BULK, [EXCHANGE(MISSING, "false")]),
+    "any tag taken": (BULK, [EXCHANGE(MISSING, MISSING.replace("!= tag", "== 0"))]),
+    "only the first packet of a batch awaited": (BULK, [EXCHANGE(MISSING, f"i == 0 && {MISSING}")]),
+    # The partial softmaxes alone are in one place in all layers.
+    "tag without the layer": (BULK, [EXCHANGE("static_cast<uint32_t>(layer)", "0u")]),
+    "tag without the pass": (BULK, [EXCHANGE("args.pass * (NUM_LAYERS + 1)", "(NUM_LAYERS + 1)")]),
+    "partials of all splits in one place": (
+        BULK,
+        [Edit("attention.cuh", "item.split", "0", "MAX_SPLITS + item.split")],
+    ),
+    # Candidates.
+    "candidates without a tag": (
+        BULK,
+        [CANDIDATES("block.args.pass", "0u", "__float_as_uint(logit_of(entry)), block.args.pass")],
+    ),
+    "header without a tag": (
+        BULK,
+        [CANDIDATES("block.args.pass", "0u", "__float_as_uint(total), block.args.pass")],
+    ),
+    "queried logits without a tag": (
+        BULK,
+        [CANDIDATES("args.pass", "0u", "__float_as_uint(logit), args.pass")],
+    ),
+    "a mark replaces others": (
+        BULK,
+        [
+            CANDIDATES(
+                "set_bits_shared(marks + own / 32, 1u << own % 32)", "void(marks[own / 32] = 1u << own % 32)"
+            )
+        ],
+    ),
+    "a token of another rank": (BULK, [CANDIDATES("rank == least", "true")]),
+    "sums of warps not rescaled": (BULK, [CANDIDATES("share.sum * scale", "share.sum")]),
+    "sums of blocks not rescaled": (
+        BULK,
+        [CANDIDATES("rescale(entry, row.first, inverse_temperature)", "1.0f")],
+    ),
+    "a list's end does not bound the others": (
+        BULK,
+        [CANDIDATES("index % LISTED == LISTED - 1", "false")],
+    ),
+    "cut lists taken for all": (
+        BULK,
+        [CANDIDATES("listed == static_cast<float>(VOCAB_SIZE - num_queried)", "true")],
+    ),
+    "exact entries in one place": (
+        BULK,
+        [CANDIDATES("kept > 0 ? fetch_add_shared(&s.count, kept) : 0", "(s.count += kept, 0)")],
+    ),
+    "entries before one counted by one lane": (BULK, [CANDIDATES("block.lane() ^ 1", "block.lane()")]),
+    "the count of the row before": (BULK, [CANDIDATES("s.count = 0", "s.count += 0")]),
+    "mail not handed on": (BULK, [CANDIDATES("publish(packet, mail, 0, 0, tag)", "void()")]),
+    "mail handed on empty": (
+        BULK,
+        [CANDIDATES("publish(packet, mail, 0, 0, tag)", "publish(packet, 0, 0, 0, tag)")],
+    ),
+    "queried ids without the appended one": (
+        BULK,
+        [CANDIDATES("block.args.num_queried[row] + appends(block, row)", "block.args.num_queried[row]")],
+    ),
+    "token not appended": (
+        BULK,
+        [CANDIDATES("blockIdx.x == 0 && block.thread == 0", "false")],
+    ),
+    # What is a row's own.
+    "one list of queried ids": (BULK, [CANDIDATES("list * MAX_QUERIED", "0 * list")]),
+    "another row's list": (BULK, [CANDIDATES("(1u << row) - 1", "(2u << row) - 1")]),
+    "marks of all rows in one place": (BULK, [CANDIDATES("row * MARK_WORDS", "0 * row")]),
+    "as many ids as the first row": (
+        BULK,
+        [
+            CANDIDATES(
+                "block.args.num_queried[row]",
+                "block.args.num_queried[0]",
+                "known = block.args.num_queried[row]",
+            )
+        ],
+    ),
+    "all rows append": (BULK, [CANDIDATES("block.args.append >> row", "block.args.append >> 7")]),
+    "another row's token appended": (
+        BULK,
+        [CANDIDATES("token_of(block, row)", "token_of(block, 0)", "= token_of(block, row);\n        }")],
+    ),
+    "another row's token queried": (
+        BULK,
+        [CANDIDATES("token_of(block, row)", "token_of(block, 0)", "list[i] : token_of(block, row)")],
+    ),
+    "rows of all slots in one": (
+        BULK,
+        [ITEMS("args.rows[first_row - 1].slot == args.rows[row].slot", "true")],
+    ),
+    "items of all slots in one": (
+        BULK,
+        [ITEMS("args.rows[end].slot == args.rows[first].slot", "true")],
+    ),
+    "one slot in the cache": (BULK, [ITEMS("args.rows[row].slot", "0", "+ args.rows[row].slot")]),
+    "the first row's splits for all": (
+        BULK,
+        [Edit("ffmini.cu", "items.splits(item.row) == 1", "items.splits(0) == 1")],
+    ),
+    "a finished row merged": (BULK, [Edit("ffmini.cu", "items.splits(row) == 1", "false")]),
+    # Lanes and memory.
+    "half a warp does not shuffle": (
+        BULK,
+        [Edit("block.cuh", "first < jobs", "first + block.lane() / 16 < jobs")],
+    ),
+    "read beyond shared memory": (
+        BULK,
+        [Edit("matvec.cuh", PLANES, f"{PLANES} + (1 << 18)")],
+    ),
+    # Integers.
+    "high bytes cut, not rounded": (
+        BULK,
+        [ARITHMETIC("fmaf(even, factor, ROUNDER + 128)", "fmaf(even, factor, ROUNDER)")],
+    ),
+    "one plane twice": (BULK, [Edit("matvec.cuh", PLANES, PLANES.replace("column % 2", "0"))]),
+    "a segment's power of two too large": (BULK, [ARITHMETIC("(largest + 1) >> 7", "largest >> 7")]),
+    "another segment's power of two": (
+        BULK,
+        [Edit("matvec.cuh", "row * MAX_SEGMENTS + segment", "row * MAX_SEGMENTS")],
+    ),
+    "segments of a batch in one place": (BULK, [Edit("activations.cuh", "unit += WARPS", "unit += 0")]),
+}
+# The same where a wait gives up.
+LEAVING: dict[str, tuple[str, list[Edit]]] = {
+    "fetching goes on": (BULK, [STREAM("load_relaxed_shared(&state.abandoned) != 0", "false")]),
+    "fetching does not hear of it": (BULK, [STREAM("store_relaxed_shared(&state_.abandoned, 1)", "void()")]),
+    "copies left under way": (COPY, [STREAM("copy_async_wait<0>()", "void()")]),
+    "any mail taken": (BULK, [CANDIDATES("static_cast<uint32_t>(mail) == args.pass", "true")]),
+    "a token awaited for ever": (BULK, [CANDIDATES("global_timer_ns() < deadline", "true")]),
+    "leave not handed on": (
+        BULK,
+        [
+            CANDIDATES(
+                "publish(packet, mail, 0, 0, tag)",
+                "mail == MAIL_LEAVE ? void() : publish(packet, mail, 0, 0, tag)",
+            )
+        ],
+    ),
+}
+
+SOURCES = sources_of("ffmini.cu")
+BARRIERS = find_barriers(SOURCES)
+VOTES = [place for place, match in BARRIERS.items() if match["vote"] is not None]
+# Barriers whose lack no schedule shows: the file, the end of what stands before one, and why.
+UNSEEN = [
+    # The greatest of the lanes' values makes them meet too.
+    ("activations.cuh", "warp_max(largest_bits(pairs_[i]));\n"),
+    # fetch() has one before it starts copies, wait() has one before the cursor is looked at again.
+    ("stream.cuh", "if (!all_have(result)) return;\n"),
+]
+
+
+SEEN = [place for place in BARRIERS if place not in {place_after(SOURCES, *barrier) for barrier in UNSEEN}]
+
+# Every mistake that the builds of mutable_source() can make.
+MISTAKES: dict[str, list[Change]] = {
+    **{name: [change(SOURCES, edit) for edit in edits] for name, (_, edits) in (MUTATIONS | LEAVING).items()},
+    **{place: [barrier_change(place, match)] for place, match in BARRIERS.items()},
+    **{f"vote {place}": [vote_change(place, BARRIERS[place])] for place in VOTES},
+}
+
+
+def ring_of(place: str) -> str:
+    """The build that has the code of `place`."""
+    at, text = BARRIERS[place].start(), SOURCES["stream.cuh"]
+    copies = range(text.index("class CopyRing"), text.index("struct BulkState"))
+    return COPY if place.startswith("stream.cuh") and at in copies else BULK
+
+
+class Mutable:
+    """A build with switches, what it must compute and whether it does.
+
+    Its model has more dimensions to a head than one sweep adds up and than one warp merges, more units than
+    a round, an o_proj whose input covers all of attention's scratch, and odd numbers of tiles for a block:
+    else some barriers guard nothing. Its rings have more than one slot.
+    """
+
+    CASE = Case(
+        "qwen3",
+        "int8",
+        changes={"num_attention_heads": 24, "num_key_value_heads": 4, "head_dim": 96, "vocab_size": 64},
+    )
+    SHARED_LIMIT = 128 * 1024
+    QUERIED = np.arange(0, 64, dtype=np.int32)[np.arange(64) % 3 > 0]  # marked by two warps
+    FEW = np.arange(0, 64, 12)  # others that one block lists
+
+    def __init__(self, packed: PackedModel, cuda: Path, ring: str) -> None:
+        self.tokens = case_tokens(packed, self.CASE.rows + 1)
+        options = {"rows": self.CASE.rows, "bulk_copies": ring == BULK, "shared_limit": self.SHARED_LIMIT}
+        options["num_slots"] = 2
+        self.decoder = SimDecoder(packed, MAX_SEQ_LEN, cuda=cuda, **options)
+        exact = SimDecoder(packed, MAX_SEQ_LEN, **options)
+        self.expected = {}
+        for exact.blocks in (1, 3):  # as many candidates as blocks have room for
+            self.expected[exact.blocks] = list(self.results(exact))
+
+    def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
+        """Of a pass that sees one block of positions, one whose token comes by mail, three that see three.
+
+        The first pass leaves out some of the candidates, the second none. The first and the last one have
+        rows of two slots; what the first one's two wanted rows are asked for differs.
+        """
+        rows = self.CASE.rows
+        works = [Work(1, self.tokens[:3], 0, ()), Work(0, self.tokens[3:rows], 0, ())]
+        queries = {0: query(self.QUERIED, 1 / 0.8), rows - 1: query(self.QUERIED[::2])}
+        for said in decoder.ask_rows(works, queries, appended=[rows - 1]).values():
+            yield flat(said)
+        known = decoder._queried_ids[1, : len(self.QUERIED[::2]) + 1]
+        mailbox = decoder.next_mail(int(self.tokens[rows]))
+        known = np.union1d(known, np.setdiff1d(np.arange(64), self.FEW))
+        yield flat(decoder.listed(self.tokens[rows:], rows - 3, known, {0: 1.0}, mailbox=mailbox)[0])
+        yield deep_logits(decoder, self.tokens, rows)
+        works = [Work(0, self.tokens[2:4], DEEP, ()), Work(1, self.tokens[:2], 7, ())]
+        yield decoder.launch(works, [1, 2])
+
+    def start(self, name: str | None, seed: int) -> None:
+        """Like a new decoder, with the mistake `name`."""
+        decoder = self.decoder
+        decoder.set_word("sim_mutation", -1 if name is None else list(MISTAKES).index(name))
+        decoder.reset()
+        decoder.seed, decoder.blocks = seed, 1 + 2 * (seed % 2)
+
+    def is_wrong(self, name: str | None, seed: int) -> bool:
+        """Whether the passes give other results or an error."""
+        self.start(name, seed)
+        try:
+            expected = self.expected[self.decoder.blocks]
+            return not all(map(same_bits, self.results(self.decoder), expected))
+        except (SimError, GenerationError, NoTokenError, ValueError):
+            return True
+
+    def is_ever_wrong(self, name: str | None) -> bool:
+        return any(self.is_wrong(name, seed) for seed in SEEDS)
+
+    def leaves(self, name: str | None, lost: int, blocks: int) -> bool:
+        """Whether all blocks leave the pass when a packet got lost and a wait gives up."""
+        self.start(name, 0)
+        self.decoder.blocks = blocks
+        self.decoder.lost_packet, self.decoder.give_up = lost, True
+        try:
+            list(self.results(self.decoder))
+        except (SimError, GenerationError) as raised:
+            return "a wait gave up" in str(raised)
+        finally:
+            self.decoder.lost_packet, self.decoder.give_up = None, False
+        return False
+
+    def leaves_without_token(self, name: str | None) -> bool:
+        """Whether all blocks leave a pass when the mailbox keeps the mail of the one before."""
+        self.start(name, 1)
+        self.decoder.give_up = True
+        stale = self.decoder.next_mail(int(self.tokens[0])) - 1
+        try:
+            self.decoder.listed(self.tokens[:1], 0, self.QUERIED, {0: 1.0}, mailbox=stale)
+        except (SimError, GenerationError, NoTokenError) as raised:
+            return isinstance(raised, NoTokenError)
+        finally:
+            self.decoder.give_up = False
+        return False
+
+
+@pytest.fixture(scope="module")
+def mutable(
+    pack: Callable[[Case], PackedModel], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Mutable]:
+    """The mutable build with a ring, made once."""
+    cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", SOURCES, MISTAKES)
+    return functools.cache(lambda ring: Mutable(pack(Mutable.CASE), cuda, ring))
+
+
+@pytest.mark.parametrize("ring", [BULK, COPY])
+def test_no_mutation_is_right(mutable: Callable[[str], Mutable], ring: str) -> None:
+    """In a child too, where mistakes are tried."""
+    build = mutable(ring)
+    assert search(lambda: build.is_ever_wrong(None)) == NOT_FOUND
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_found(mutable: Callable[[str], Mutable], name: str) -> None:
+    """A mistake gives other logits, or an error, under one of a few seeds."""
+    build = mutable(MUTATIONS[name][0])
+    assert search(lambda: build.is_ever_wrong(name)) != NOT_FOUND
+
+
+@pytest.mark.parametrize("place", SEEN)
+def test_a_barrier_less_is_found(mutable: Callable[[str], Mutable], place: str) -> None:
+    build = mutable(ring_of(place))
+    assert search(lambda: build.is_ever_wrong(place)) != NOT_FOUND
+
+
+def leaves_always(build: Mutable, name: str | None) -> bool:
+    left = all(build.leaves(name, lost, blocks=1) for lost in lost_packets(build.decoder).values())
+    left = left and all(
+        build.leaves(name, lost, blocks=3) for lost in lost_hand_overs(build.decoder).values()
+    )
+    return left and build.leaves_without_token(name)
+
+
+@pytest.mark.parametrize("ring", [BULK, COPY])
+def test_no_mutation_leaves(mutable: Callable[[str], Mutable], ring: str) -> None:
+    assert leaves_always(mutable(ring), None)
+
+
+@pytest.mark.parametrize("name", [*LEAVING, *(f"vote {place}" for place in VOTES)])
+def test_a_bad_leave_is_found(mutable: Callable[[str], Mutable], name: str) -> None:
+    """Where a part of the block does not hear that a wait gave up, the block does not leave as one."""
+    build = mutable(LEAVING[name][0] if name in LEAVING else BULK)
+    assert search(lambda: not leaves_always(build, name)) != NOT_FOUND
+
+
+def test_all_barriers_are_mutated() -> None:
+    """None is written in a way that the sweep does not see."""
+    assert count_barriers(SOURCES) == len(BARRIERS) == len(SEEN) + len(UNSEEN)
+
+
+COVERED = {  # together these run every line; "parts": down_proj's input is held so
+    "biases, carried sums, parts": (
+        BULK,
+        Case(
+            "llama_biases",
+            "int4",
+            32,
+            rows=8,
+            blocks=1,
+            changes={"hidden_size": 528, "head_dim": 16, "intermediate_size": 400},
+        ),
+    ),
+    "tied bf16, given up": (COPY, Case("smollm2", "bf16", rows=2, blocks=2)),
+    "tied int8, norm of q and k, batches of packets, given up": (
+        BULK,
+        Case("qwen3", "int8", rows=4, changes={"intermediate_size": 1100}),
+    ),
+    "windows": (COPY, Case("qwen2", "int4", rows=1)),
+}
+
+
+def run_all(decoder: SimDecoder, tokens: np.ndarray, gives_up: bool) -> None:
+    """Passes of all kinds; if `gives_up`, those too that end in an error, each in its place."""
+    for seed in (0, 28):  # all copies late, some of them
+        decoder.seed = seed
+        deep_logits(decoder, tokens, decoder.rows)
+    decoder.forward(tokens, 0, "none")
+    decoder.finish_rows(np.ones((1, decoder.config.hidden_size), np.float32))
+    if decoder.rows > 1:
+        decoder.launch([Work(1, tokens[:1], 0, ()), Work(0, tokens[1:2], DEEP, ())], [0])
+    decoder.listed(tokens, 0, [3, 7], {0: 1.0}, append=True)
+    mailbox = decoder.next_mail(int(tokens[0]), append=True)
+    decoder.listed(tokens[:1], 0, [3, 7], {0: 1.0}, mailbox=mailbox)
+    if not gives_up:
+        return
+    decoder.give_up = True
+    with pytest.raises(NoTokenError):
+        decoder.listed(tokens[:1], 0, [3, 7], {0: 1.0}, mailbox=mailbox)
+    for lost in lost_packets(decoder).values():
+        decoder.lost_packet = lost
+        with pytest.raises(GenerationError, match="a wait gave up"):
+            deep_logits(decoder, tokens, decoder.rows)
+    decoder.lost_packet = None
+    decoder._arrays["norm"][...] = 3e38
+    with pytest.raises(GenerationError, match="non-finite"):
+        deep_logits(decoder, tokens, decoder.rows)
+
+
+def test_every_line_runs(pack: Callable[[Case], PackedModel]) -> None:
+    """gcov finds no line of cuda/ that runs nowhere: not the pauses, not a single wait that gives up."""
+    counts: dict[tuple[str, int], int] = {}
+    for name, (ring, case) in COVERED.items():
+        packed = pack(case)
+        options = {"test_pauses": True, "stage_times": True, "coverage": True}
+        options["shared_limit"] = LARGE_SHARED_LIMIT  # eight rows of all tiles in one block need it
+        decoder = SimDecoder(
+            packed,
+            MAX_SEQ_LEN,
+            rows=case.rows,
+            blocks=case.blocks,
+            bulk_copies=ring == BULK,
+            part_segments=1 if "parts" in name else None,
+            num_slots=2,
+            **options,
+        )
+        run_all(decoder, case_tokens(packed, case.rows), name.endswith("given up"))
+        for file, lines in decoder.coverage().items():
+            for line, count in lines.items():
+                counts[file, line] = max(counts.get((file, line), 0), count)
+    assert {file for file, _ in counts} == SOURCES.keys()
+    # A template that no build uses has no lines to gcov.
+    copies = re.compile("^ .*(copy_async|copy_bulk|mbarrier|global_timer_ns)")
+    used = [
+        (name, i)
+        for name, text in SOURCES.items()
+        for i, line in enumerate(text.splitlines(), 1)
+        if copies.match(line)
+    ]
+    assert [place for place in used if place not in counts] == []
+    assert sorted(place for place, count in counts.items() if count == 0) == []
