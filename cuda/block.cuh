@@ -173,12 +173,11 @@ __device__ __forceinline__ void prepare_shared(uint8_t* memory) {
     __syncthreads();
 }
 
-// Calls body(job, valid) for each job of 16 lanes, shared out among COUNT warps, of which this is number
-// `place`. Both halves of a warp call it together, as shuffles want; a half that has no job gets the last one
-// once more, and is not `valid`.
-template <int COUNT, class Body>
-__device__ __forceinline__ void for_half_warps(const Block& block, int place, int jobs, Body body) {
-    for (int first = 2 * place; first < jobs; first += 2 * COUNT) {
+// Calls body(job, valid) for each job of 16 lanes, all warps sharing them out. Both halves of a warp call it
+// together, as shuffles want; a half that has no job gets the last one once more, and is not `valid`.
+template <class Body>
+__device__ __forceinline__ void for_half_warps(const Block& block, int jobs, Body body) {
+    for (int first = 2 * block.warp(); first < jobs; first += 2 * WARPS) {
         const int job = first + block.lane() / 16;
         body(min_of(job, jobs - 1), job < jobs);
     }

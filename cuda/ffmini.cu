@@ -223,35 +223,34 @@ __device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& up
                                           uint32_t tag, int where) {
     constexpr int PAIRS = ceil_div(M::PARTS, 2);
     bool arrived = true;
-    for_half_warps<WARPS>(
-        block, block.warp(), block.residual_tiles() * num_rows(block.args), [&](int job, bool valid) {
-            const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
-            const int base = block.lane() & 16, output = block.lane() & 15;
-            const uint4* of_row = products + row * M::PARTS * M::TILES * FLOAT_PACKETS;
-            const uint4* of_tile = of_row + (blockIdx.x + own_tile * gridDim.x) * FLOAT_PACKETS;
-            // Lanes 0 to 5 ask for the packets of the one part, lanes 8 to 13 for those of the other.
-            const int in_tile = min_of(output % 8, FLOAT_PACKETS - 1);
-            uint4 packet[PAIRS];
-            Patience patience(block.args, where);
-            const auto at = [&](int pair) {
-                const int part = min_of(2 * pair + output / 8, M::PARTS - 1);
-                return of_tile + part * M::TILES * FLOAT_PACKETS + in_tile;
-            };
-            if (__any_sync(0xffffffff, !await_packets(patience, tag, at, packet))) arrived = false;
-            float x = update.before(block, own_tile, row);
-            const int holder = output < 8 ? output / 3 : 3 + (output - 8) / 3;
-            const int word = output < 8 ? output % 3 : (output - 8) % 3;
+    for_half_warps(block, block.residual_tiles() * num_rows(block.args), [&](int job, bool valid) {
+        const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
+        const int base = block.lane() & 16, output = block.lane() & 15;
+        const uint4* of_row = products + row * M::PARTS * M::TILES * FLOAT_PACKETS;
+        const uint4* of_tile = of_row + (blockIdx.x + own_tile * gridDim.x) * FLOAT_PACKETS;
+        // Lanes 0 to 5 ask for the packets of the one part, lanes 8 to 13 for those of the other.
+        const int in_tile = min_of(output % 8, FLOAT_PACKETS - 1);
+        uint4 packet[PAIRS];
+        Patience patience(block.args, where);
+        const auto at = [&](int pair) {
+            const int part = min_of(2 * pair + output / 8, M::PARTS - 1);
+            return of_tile + part * M::TILES * FLOAT_PACKETS + in_tile;
+        };
+        if (__any_sync(0xffffffff, !await_packets(patience, tag, at, packet))) arrived = false;
+        float x = update.before(block, own_tile, row);
+        const int holder = output < 8 ? output / 3 : 3 + (output - 8) / 3;
+        const int word = output < 8 ? output % 3 : (output - 8) % 3;
 #pragma unroll
-            for (int part = 0; part < M::PARTS; ++part) {
-                const int source = base + part % 2 * 8 + holder;
-                const uint4& from = packet[part / 2];
-                const uint32_t words[3] = {__shfl_sync(0xffffffff, from.x, source),
-                                           __shfl_sync(0xffffffff, from.y, source),
-                                           __shfl_sync(0xffffffff, from.z, source)};
-                x += __uint_as_float(word == 0 ? words[0] : (word == 1 ? words[1] : words[2]));
-            }
-            if (arrived) update.finish(block, own_tile, row, x, valid);
-        });
+        for (int part = 0; part < M::PARTS; ++part) {
+            const int source = base + part % 2 * 8 + holder;
+            const uint4& from = packet[part / 2];
+            const uint32_t words[3] = {__shfl_sync(0xffffffff, from.x, source),
+                                       __shfl_sync(0xffffffff, from.y, source),
+                                       __shfl_sync(0xffffffff, from.z, source)};
+            x += __uint_as_float(word == 0 ? words[0] : (word == 1 ? words[1] : words[2]));
+        }
+        if (arrived) update.finish(block, own_tile, row, x, valid);
+    });
     return !sync_threads_or<THREADS>(!arrived);
 }
 
@@ -296,7 +295,7 @@ __device__ __forceinline__ bool embed(Block& block) {
     const uint32_t tag = tag_of(args, layer);
     const float* norm = layer == 0 ? layer_vectors(args, 0) + INPUT_LAYERNORM_OFFSET : args.norm;
     const int jobs = block.residual_tiles() * num_rows(block.args), output = block.thread % TILE_ROWS;
-    for_half_warps<WARPS>(block, block.warp(), jobs, [&](int job, bool valid) {
+    for_half_warps(block, jobs, [&](int job, bool valid) {
         const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
         const int tile = blockIdx.x + own_tile * gridDim.x, k = tile * TILE_ROWS + output;
         float x = 0.0f;

@@ -170,10 +170,8 @@ class Products {
         return true;
     }
 
-    // Rounds take turns with two buffers and two halves of the warps: one adds up what all have multiplied,
-    // the other goes on with the next round. Whoever adds is done before anyone begins the next round but
-    // one: the others come to the end of the next after it, its own half waits for it. After the last round
-    // all wait for all products: what comes next overwrites their input. start, epilogue: see add_segments().
+    // Rounds take turns with two buffers: whoever adds up a round is done with it before anyone begins the
+    // next but one. start, epilogue: see add_segments().
     template <class Start, class Epilogue>
     __device__ void run(Block& block, Start start, Epilogue epilogue) {
         const int units = tiles_ * segments();
@@ -186,23 +184,13 @@ class Products {
                 if (unit + WARPS < units) slot_ = block.stream.wait() + line_;
                 block.stream.refill();
             }
-            const bool adds = block.warp() / (WARPS / 2) == parity, ends = last == units;
-            if (adds || ends) {
-                meet_threads<THREADS>(MULTIPLIED + parity);
-            } else {
-                pass_threads<THREADS>(MULTIPLIED + parity);
-            }
-            if (adds) {
-                add_segments(block, sums, first, last, parity, start, epilogue);
-                if (!ends) meet_threads<THREADS / 2>(ADDED + parity);
-            }
+            sync_threads<THREADS>();
+            add_segments(block, sums, first, last, parity, start, epilogue);
             parity ^= 1;
         }
     }
 
   private:
-    // Numbers of barriers, of each parity one.
-    static constexpr int MULTIPLIED = 0, ADDED = 2;
     static constexpr int HELD_PARTS = M::SPLIT ? 1 : M::PARTS;  // of a tile that the block adds up
 
     // Waits for the warp's first slot, which does not depend on the input: that may arrive meanwhile.
@@ -252,7 +240,7 @@ class Products {
         const int jobs = (ceil_div(last, segments()) - first_tile) * num_rows(block.args);
         block.thread = opaque(thread);  // what follows from it is not computed ahead, by warps without a job
         const int output = block.thread % TILE_ROWS;
-        for_half_warps<WARPS / 2>(block, block.warp() % (WARPS / 2), jobs, [&](int job, bool valid) {
+        for_half_warps(block, jobs, [&](int job, bool valid) {
             const int tile = first_tile + job / num_rows(block.args), row = job % num_rows(block.args);
             const int tile_begin = tile * segments(), tile_end = tile_begin + segments();
             const auto segment = [&](int unit) {

@@ -28,10 +28,10 @@ __device__ __forceinline__ void multiply_step_async(Share<M>& share, const uint3
 
 // The two groups' products of integers take turns, so that one adds while the other multiplies.
 __device__ __forceinline__ void wait_for_turn() {
-    meet_threads<PANEL_THREADS>(threadIdx.x / 128);
+    wait_turn(threadIdx.x / 128);
 }
 __device__ __forceinline__ void end_turn() {
-    pass_threads<PANEL_THREADS>(1 - threadIdx.x / 128);
+    pass_turn(1 - threadIdx.x / 128);
 }
 
 // Multiplies one stage, which is in shared memory; `k` is its first. Nothing of it is needed any more when it

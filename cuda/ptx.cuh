@@ -174,15 +174,13 @@ __device__ __forceinline__ bool all_have(float value) {
     return all != 0;
 }
 
-// COUNT threads, whole warps, come to barrier `number` of four: some wait for all others, some pass without.
-// What any did before is done for those that wait.
-template <int COUNT>
-__device__ __forceinline__ void meet_threads(int number) {
-    asm volatile("barrier.sync.aligned %0, %1;" ::"r"(3 + number), "n"(COUNT) : "memory");
+// Two groups of 128 threads take turns: the first's wait_turn(0) meets the second's pass_turn(0), which does
+// not wait; the second's wait_turn(1) the first's pass_turn(1).
+__device__ __forceinline__ void wait_turn(int group) {
+    asm volatile("barrier.sync.aligned %0, 256;" ::"r"(3 + group) : "memory");
 }
-template <int COUNT>
-__device__ __forceinline__ void pass_threads(int number) {
-    asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(3 + number), "n"(COUNT) : "memory");
+__device__ __forceinline__ void pass_turn(int group) {
+    asm volatile("barrier.arrive.aligned %0, 256;" ::"r"(3 + group) : "memory");
 }
 
 // ---- bulk copies and the barriers in shared memory that count them (sm_90 and newer) ----

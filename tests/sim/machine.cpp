@@ -267,9 +267,7 @@ BlockBarrier& Machine::come(int number, int& count, const Site& site) {
     if (count == 0) count = static_cast<int>(lane.block->lanes.size());
     idle_rounds_ = 0;
     release_copies();
-    if (number < FIRST_NUMBERED && lane.thread >= count) {
-        fail(site, "only the first %d threads meet here", count);
-    }
+    if (lane.thread >= count) fail(site, "only the first %d threads meet here", count);
     if (barrier.came > 0 && barrier.count != count) {
         fail(site, "others of the block are in a meeting of %d threads", barrier.count);
     }
@@ -293,7 +291,7 @@ void Machine::end_meeting(BlockBarrier& barrier) {
 bool Machine::barrier(int number, int count, bool value, const Site& site) {
     Lane& lane = *current_;
     // Nobody waits for them any more where the block does something else.
-    if (number < FIRST_NUMBERED && lane.warp->multiplies()) fail(site, "products are under way");
+    if (number < FIRST_TURN && lane.warp->multiplies()) fail(site, "products are under way");
     BlockBarrier& barrier = come(number, count, site);
     // Warps that do something else are in a line of their own.
     Site& where = barrier.sites[lane.specialised];

@@ -112,13 +112,7 @@ struct CountingBarrier {
 };
 
 // The barriers of a block, by the number that they have on the device.
-enum BarrierNumber {
-    SYNC_THREADS,
-    SYNC_FIRST_THREADS,
-    SYNC_OR,
-    FIRST_NUMBERED,
-    NUM_BARRIERS = FIRST_NUMBERED + 4
-};
+enum BarrierNumber { SYNC_THREADS, SYNC_FIRST_THREADS, SYNC_OR, FIRST_TURN, NUM_BARRIERS = FIRST_TURN + 2 };
 
 struct Warp;
 struct Block;

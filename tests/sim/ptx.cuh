@@ -260,14 +260,12 @@ inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t
 // Which proxy sees what is not simulated.
 inline void fence_async_proxy() {}
 
-template <int COUNT>
-inline void meet_threads(int number, SIM_SITE) {
-    sim::machine.barrier(sim::FIRST_NUMBERED + number, COUNT, false, {"meet_threads", file, line});
+inline void wait_turn(int group, SIM_SITE) {
+    sim::machine.barrier(sim::FIRST_TURN + group, 256, false, {"wait_turn", file, line});
 }
 
-template <int COUNT>
-inline void pass_threads(int number, SIM_SITE) {
-    sim::machine.barrier_pass(sim::FIRST_NUMBERED + number, COUNT, {"pass_threads", file, line});
+inline void pass_turn(int group, SIM_SITE) {
+    sim::machine.barrier_pass(sim::FIRST_TURN + group, 256, {"pass_turn", file, line});
 }
 
 // Registers are not simulated, but whoever gives some up does something else than the other warps.
