@@ -277,7 +277,7 @@ def kernel_defines(
         "LM_HEAD_BYTES": f"{head.nbytes}ull",
         "VECTORS_SIZE": vectors_length(config),
         "SHARED_LIMIT": shared_limit,
-        "PART_SEGMENTS": PART_SEGMENTS,
+        "PART_SEGMENTS": PART_SEGMENTS[qkv.format],
         "SPLIT_PARTS": int(splits_parts(config, layouts, max_seq_len, shared_limit, blocks, rows)),
         "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
         "OWN_HEAD_TILES": ceil_div(head.tiles, blocks),
