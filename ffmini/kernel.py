@@ -20,7 +20,7 @@ import numpy as np
 from .candidates import MAX_QUERIED
 from .config import ModelConfig
 from .errors import DeviceError
-from .layout import KV_BLOCK, SEGMENT, MatrixLayout, ceil_div
+from .layout import KV_BLOCK, KV_SLOT_BYTES, SEGMENT, MatrixLayout, ceil_div
 from .packing import vector_offsets, vectors_length
 from .resources import resource_dir
 
@@ -129,14 +129,19 @@ CHUNK_INFO = np.dtype(
 
 
 def max_rows(
-    config: ModelConfig, layouts: dict[str, MatrixLayout], max_seq_len: int, shared_limit: int, blocks: int
+    config: ModelConfig,
+    layouts: dict[str, MatrixLayout],
+    max_seq_len: int,
+    shared_limit: int,
+    blocks: int,
+    kv_dtype: str = "bf16",
 ) -> int:
     """The most rows (1, 2, 4 or 8) that leave room in shared memory for the ring of weights.
 
     `shared_limit`: bytes that a block may use; `blocks`: the size of the grid.
     """
-    fit = (rows for rows in (8, 4, 2) if down_part(config, layouts, max_seq_len, shared_limit, blocks, rows))
-    return next(fit, 1)
+    sizes = config, layouts, max_seq_len, shared_limit, blocks
+    return next((rows for rows in (8, 4, 2) if down_part(*sizes, rows, kv_dtype)), 1)
 
 
 def down_part(
@@ -146,6 +151,7 @@ def down_part(
     shared_limit: int,
     blocks: int,
     rows: int,
+    kv_dtype: str = "bf16",
 ) -> int:
     """How many segments of down_proj's input a pass of `rows` rows holds at a time; 0 if it has no room.
 
@@ -158,7 +164,8 @@ def down_part(
         for parts in range(1, down.segments + 1):
             segments = ceil_div(down.segments, parts)
             widest = max(others, min(down.k_pad, segments * SEGMENT))
-            needed = _shared_bytes(config, layouts, max_seq_len, blocks, rows, widest, ring_slots)
+            ring = ring_slots * _ring_slot_bytes(layouts, kv_dtype)
+            needed = _shared_bytes(config, layouts, max_seq_len, blocks, rows, widest) + ring
             if needed <= shared_limit:
                 return segments
             if widest == others:
@@ -173,10 +180,8 @@ def _shared_bytes(
     blocks: int,
     rows: int,
     widest: int,
-    ring_slots: int,
 ) -> int:
-    """An upper bound of what a block needs for `rows` rows of up to `widest` activations and the ring."""
-    ring_slot = WARPS * max(2048, *(layout.slot_bytes for layout in layouts.values()))
+    """An upper bound of what a block needs for `rows` rows of up to `widest` activations but for the ring."""
     tiles, head_dim = layouts["o_proj"].tiles, ceil_div(config.head_dim, 32) * 32
     marks = rows * (2 * ceil_div(layouts["lm_head"].tiles, blocks) + 4)
     heads = min(8, config.num_heads // config.num_kv_heads)
@@ -189,7 +194,13 @@ def _shared_bytes(
     splits = ceil_div(max_seq_len, KV_BLOCK)
     merge = 8 * splits + 4 * head_dim * (ceil_div(splits, 16) + 2)
     candidates = 8 * MAX_BLOCKS * LISTED + 4096 + 1280 * rows
-    return max(activations, attention, merge, candidates) + tail + marks + ring_slots * ring_slot
+    return max(activations, attention, merge, candidates) + tail + marks
+
+
+def _ring_slot_bytes(layouts: dict[str, MatrixLayout], kv_dtype: str) -> int:
+    """An upper bound of what one place in every warp's ring takes."""
+    vectors = KV_SLOT_BYTES[kv_dtype]
+    return WARPS * max(vectors, *(layout.slot_bytes for layout in layouts.values()))
 
 
 def kernel_defines(
@@ -202,6 +213,7 @@ def kernel_defines(
     blocks: int,
     bulk_copies: bool,
     in_flight: int,
+    kv_dtype: str = "bf16",
     wgmma: bool = False,
     test_pauses: bool = False,
     stage_times: bool = False,
@@ -210,9 +222,9 @@ def kernel_defines(
 
     `rows` is how many rows a pass takes (1 to 8), `shared_limit` the bytes of shared memory that a block
     may use, `blocks` the size of the grid. `bulk_copies`: weights come by bulk copies, which sm_90 and newer
-    have; `in_flight` of them are under way per ring (see copies_in_flight). `wgmma`: chunks multiply by that,
-    which sm_90 alone has. `test_pauses` makes a build that holds packets back at random, `stage_times` one
-    that notes when each block passed each stage.
+    have; `in_flight` of them are under way per ring (see copies_in_flight). `kv_dtype`: of keys and values in
+    the cache, one of KV_DTYPES. `wgmma`: chunks multiply by that, which sm_90 alone has. `test_pauses` makes
+    a build that holds packets back at random, `stage_times` one that notes when each block passed each stage.
     """
     offsets = vector_offsets(config)
     qkv, head = layouts["qkv_proj"], layouts["lm_head"]
@@ -236,6 +248,7 @@ def kernel_defines(
         "O_BIAS": int(config.o_bias),
         "MLP_BIAS": int(config.mlp_bias),
         "QK_NORM": int(config.qk_norm),
+        "KV_BITS": bits[kv_dtype],
         "WEIGHT_BITS": bits[qkv.format],
         "GROUP_SIZE": qkv.group_size,
         "LM_HEAD_BITS": bits[head.format],
@@ -244,7 +257,7 @@ def kernel_defines(
         "LM_HEAD_BYTES": f"{head.nbytes}ull",
         "VECTORS_SIZE": vectors_length(config),
         "SHARED_LIMIT": shared_limit,
-        "DOWN_PART_SEGMENTS": down_part(config, layouts, max_seq_len, shared_limit, blocks, rows),
+        "DOWN_PART_SEGMENTS": down_part(config, layouts, max_seq_len, shared_limit, blocks, rows, kv_dtype),
         "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
         "OWN_HEAD_TILES": ceil_div(head.tiles, blocks),
         "MAX_QUERIED": MAX_QUERIED,
