@@ -66,15 +66,16 @@ __device__ __forceinline__ bool load_item(Block& block, const Item& item, int la
     if (sync_threads_or<THREADS>(!arrived)) return false;
     mark(block, layer, MARK_ATTENTION_IN);
     for (int v = block.warp(); v < item.heads() + item.end - item.fresh; v += WARPS) {
-        const int i = v - item.heads();
+        const int i = opaque(v - item.heads());
+        const bool is_query = i < 0;
         HeadVector vector;
-        vector.load(i < 0 ? s.query + v * HEAD_DIM : s.key + i * HEAD_DIM);
-        if (i < 0) {
-            vector.norm_and_rotate(s.norm, angles_of(block, item.row));
+        vector.load(is_query ? s.query + v * HEAD_DIM : s.key + i * HEAD_DIM);
+        vector.norm_and_rotate(is_query ? s.norm : s.norm + HEAD_DIM,
+                               angles_of(block, is_query ? item.row : item.fresh_row + i));
+        if (is_query) {
             vector.round(s.query_bf16 + v * QUERY_STRIDE, [](int d) { return d; });
             continue;
         }
-        vector.norm_and_rotate(s.norm + HEAD_DIM, angles_of(block, item.fresh_row + i));
         Vectors::put_key(vector, s.key_vector + i * VECTOR_BYTES, item.fresh + i);
         vector.load(s.value + i * HEAD_DIM);
         Vectors::put_value(vector, s.value_vector + i * VECTOR_BYTES, item.fresh + i);
@@ -128,12 +129,9 @@ __device__ __forceinline__ void score_tile(Block& block, const Item& item, float
         const int in_slot = run * KV_RUN % KV_SLOT;
         if (run * KV_RUN / KV_SLOT * KV_SLOT >= positions) break;
         if (in_slot == 0) slot = block.stream.wait();
-        const auto key_at = [&](int position) {
-            return vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->key_vector,
-                             position);
-        };
         const int own = first + run * KV_RUN + g % KV_RUN;
-        const uint8_t* key = key_at(own);
+        const uint8_t* key =
+            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->key_vector, own);
         float dots[2][4] = {};  // two sums, which do not wait for each other
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
@@ -142,11 +140,12 @@ __device__ __forceinline__ void score_tile(Block& block, const Item& item, float
             mma_16x8x16(dots[0], low, k.x, k.y);
             mma_16x8x16(dots[1], high, k.z, k.w);
         }
-        float found[2];
+        float scales[2], found[2];
+        Vectors::key_scales(key, scales);
         for (int c = 0; c < 2; ++c) {
             const int position = first + run * KV_RUN + 2 * t + c;
             const bool visible = 2 * t + c < KV_RUN && position >= item.begin && position < item.end;
-            found[c] = Vectors::score(dots[0][c] + dots[1][c], key_at(position));
+            found[c] = (dots[0][c] + dots[1][c]) * scales[c];
             if (visible) score[run][c] = found[c];
         }
         if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS) block.stream.release(found[0] + found[1]);
@@ -200,18 +199,17 @@ __device__ __forceinline__ void weigh_values(Block& block, const Item& item, con
         const int in_slot = run * KV_RUN % KV_SLOT;
         if (run * KV_RUN / KV_SLOT * KV_SLOT >= positions) break;
         if (in_slot == 0) slot = block.stream.wait();
-        const auto value_at = [&](int position) {
-            return vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->value_vector,
-                             position);
-        };
         const int position = first + run * KV_RUN + 2 * t;
         const uint32_t seen =
             seen_pair(2 * t < KV_RUN && position >= item.begin && position < item.end,
                       2 * t + 1 < KV_RUN && position + 1 >= item.begin && position + 1 < item.end);
-        const uint32_t weights = Vectors::weigh(p[run], seen, value_at(position), value_at(position + 1));
         const int half = block.lane() / 8 % 2;  // lanes 8 to 15 give the other half of a load's rows
         const int own = first + run * KV_RUN + block.lane() % KV_RUN;
-        const uint8_t* value = value_at(own);
+        const uint8_t* value =
+            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->value_vector, own);
+        float scales[2];
+        Vectors::value_scales(value, scales);
+        const uint32_t weights = Vectors::weigh(p[run], seen, scales);
         uint32_t loaded[VALUE_LOADS][2];
 #pragma unroll
         for (int i = 0; i < VALUE_LOADS; ++i) {

@@ -241,7 +241,8 @@ class AttentionUnit {
     __device__ void score_run(const uint8_t* keys, int first, float (&score)[QUERY_SETS][2]) const {
         const int t = lane() % 4, own = lane() / 4 % KV_RUN;
         const int turn = turn_of<Vectors::KEY_ROTATION, KV_RUN>(first, own);
-        float dots[2][4] = {};
+        float dots[2][4] = {}, scales[2];
+        Vectors::key_scales(keys + own * VECTOR_BYTES, scales);
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
             const uint4 k = Vectors::load_key(keys + own * VECTOR_BYTES, j, turn);
@@ -257,8 +258,7 @@ class AttentionUnit {
                 const int position = first + 2 * t + c;
                 const bool visible = 2 * t + c < KV_RUN && position >= first_[set] && position <= last_[set];
                 const float dot = dots[0][2 * set + c] + dots[1][2 * set + c];
-                const float found = Vectors::score(dot, keys + (2 * t + c) * VECTOR_BYTES);
-                score[set][c] = visible ? found : MASKED;
+                score[set][c] = visible ? dot * scales[c] : MASKED;
             }
         }
     }
@@ -336,10 +336,11 @@ class AttentionUnit {
             const int position = first + run * KV_RUN + 2 * t;
             seen[run] =
                 seen_pair(2 * t < KV_RUN && position < end_, 2 * t + 1 < KV_RUN && position + 1 < end_);
-            const uint8_t* value = values + (run * KV_RUN + 2 * t) * VECTOR_BYTES;
+            float scales[2];
+            Vectors::value_scales(values + (run * KV_RUN + own) * VECTOR_BYTES, scales);
 #pragma unroll
             for (int set = 0; set < QUERY_SETS; ++set) {
-                weights[run][set] = Vectors::weigh(p[run][set], seen[run], value, value + VECTOR_BYTES);
+                weights[run][set] = Vectors::weigh(p[run][set], seen[run], scales);
             }
         }
 #pragma unroll

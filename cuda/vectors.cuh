@@ -5,11 +5,12 @@
 // put_key(), put_value(): a warp writes the vector of `position`;
 // load_query(), load_key(): the lane's operands for dimensions 32 j .. 32 j + 31, in two steps of 16 (x and
 //   y, z and w), in an order of k of the format's own; load_key() takes the vector of position g;
-// score(): what a product of the two is worth;
+// key_scales(): what a product of the two is worth, for the keys of positions 2 t and 2 t + 1;
 // value_piece(): where 16 bytes of a value are that the lane gives to load_transposed();
 // value_tile(): A operand of 16 dimensions by 8 positions, of LOAD_TILES that one load brings; row g of half
 //   h is dimension dimension(h) of the tile;
-// weigh(): B operand for it, from the probabilities of positions 2 t and 2 t + 1, whose values are given;
+// value_scales(), weigh(): B operand for it, from the probabilities of positions 2 t and 2 t + 1. Lane i has
+//   given the value of position i % 8;
 // order_pairs(): of a tile's two halves, transposed (rows 2 t and 2 t + 1 of query g), pairs of neighbouring
 //   dimensions, which begin with pair_dimension(i).
 //
@@ -48,7 +49,9 @@ struct VectorFormat<16> {
         if (HEAD_DIM % 32 != 0 && d >= HEAD_DIM) return make_uint4(0, 0, 0, 0);
         return *reinterpret_cast<const uint4*>(key + 2 * rotated(d, turn, KEY_ROTATION));
     }
-    static __device__ float score(float dot, const uint8_t*) { return dot * SCORE_SCALE; }
+    static __device__ void key_scales(const uint8_t*, float (&scales)[2]) {
+        scales[0] = scales[1] = SCORE_SCALE;
+    }
 
     static __device__ const uint8_t* value_piece(const uint8_t* value, int i, int turn) {
         return value + 2 * rotated(min_of(8 * i, HEAD_DIM - 8), turn, VALUE_ROTATION);
@@ -57,7 +60,8 @@ struct VectorFormat<16> {
         a[0] = loaded[0] & seen, a[1] = loaded[1] & seen;
     }
     static __device__ int dimension(int half) { return threadIdx.x % 32 / 4 + 8 * half; }
-    static __device__ uint32_t weigh(uint32_t p, uint32_t, const uint8_t*, const uint8_t*) { return p; }
+    static __device__ void value_scales(const uint8_t*, float (&)[2]) {}
+    static __device__ uint32_t weigh(uint32_t p, uint32_t, const float (&)[2]) { return p; }
 
     static __device__ void order_pairs(uint32_t (&)[2]) {}
     static __device__ int pair_dimension(int i) { return 8 * i + 2 * (threadIdx.x % 4); }
@@ -106,7 +110,10 @@ struct VectorFormat<8> {
         if (32 * j + 16 < HEAD_DIM) widen(*reinterpret_cast<const uint32_t*>(four + 16), k.z, k.w);
         return k;
     }
-    static __device__ float score(float dot, const uint8_t* key) { return dot * (scale(key) * SCORE_SCALE); }
+    static __device__ void key_scales(const uint8_t* key, float (&scales)[2]) {
+        const float own = scale(key) * SCORE_SCALE;
+        for (int c = 0; c < 2; ++c) scales[c] = __shfl_sync(0xffffffff, own, 4 * column(c));
+    }
 
     static __device__ const uint8_t* value_piece(const uint8_t* value, int i, int) {
         return value + 16 * min_of(i, HEAD_DIM_TILES - 1);
@@ -115,9 +122,13 @@ struct VectorFormat<8> {
         widen(loaded[tile], a[0], a[1]);
     }
     static __device__ int dimension(int half) { return threadIdx.x % 32 / 4 * 2 + half; }
-    static __device__ uint32_t weigh(uint32_t p, uint32_t seen, const uint8_t* first, const uint8_t* second) {
-        const float low = __uint_as_float(p << 16) * scale(first);
-        const float high = __uint_as_float(p & 0xffff0000) * scale(second);
+    static __device__ void value_scales(const uint8_t* value, float (&scales)[2]) {
+        const float own = scale(value);
+        for (int c = 0; c < 2; ++c) scales[c] = __shfl_sync(0xffffffff, own, column(c));
+    }
+    static __device__ uint32_t weigh(uint32_t p, uint32_t seen, const float (&scales)[2]) {
+        const float low = __uint_as_float(p << 16) * scales[0];
+        const float high = __uint_as_float(p & 0xffff0000) * scales[1];
         return pack_bf16x2(low, high) & seen;
     }
 
@@ -130,6 +141,8 @@ struct VectorFormat<8> {
   private:
     static constexpr uint32_t EVEN_HALVES = 0x5410, ODD_HALVES = 0x7632;
 
+    // Of the lane's two positions.
+    static __device__ int column(int c) { return 2 * (threadIdx.x % 4) + c; }
     static __device__ float scale(const uint8_t* vector) {
         return *reinterpret_cast<const float*>(vector + HEAD_DIM);
     }

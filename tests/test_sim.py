@@ -850,7 +850,8 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "the largest of a lane for all": (INT8_KV_BUILD, [ARITHMETIC("warp_max(largest)", "largest")]),
     "codes of another scale": (INT8_KV_BUILD, [ARITHMETIC("1.0f / 127", "1.0f / 128")]),
     "a key without its scale": (INT8_KV_BUILD, [VECTORS("scale(key) * SCORE_SCALE", "SCORE_SCALE")]),
-    "one scale for two values": (INT8_KV_BUILD, [VECTORS("scale(second)", "scale(first)")]),
+    "one scale for two values": (INT8_KV_BUILD, [VECTORS("scales[1]", "scales[0]", "* scales[1]")]),
+    "another key's scale": (INT8_KV_BUILD, [VECTORS("4 * column(c)", "column(c)")]),
     "weights of what the row does not see": (
         INT8_KV_BUILD,
         [VECTORS("pack_bf16x2(low, high) & seen", "pack_bf16x2(low, high)")],

@@ -321,9 +321,9 @@ MUTATIONS: dict[str, Edit] = {
 INT8_KV_MUTATIONS: dict[str, Edit] = {  # of int8 keys and values
     "the largest of a lane for all": Edit("arithmetic.cuh", "warp_max(largest)", "largest"),
     "a key without its scale": vector_edit("scale(key) * SCORE_SCALE", "SCORE_SCALE"),
-    "the scale of the key before": attention_edit("(2 * t + c) * VECTOR_BYTES", "2 * t * VECTOR_BYTES"),
-    "one scale for two values": vector_edit("scale(second)", "scale(first)"),
-    "the first run's scales": attention_edit("(run * KV_RUN + 2 * t) * VECTOR_BYTES", "2 * t * VECTOR_BYTES"),
+    "another key's scale": vector_edit("4 * column(c)", "column(c)"),
+    "one scale for two values": vector_edit("scales[1]", "scales[0]", "* scales[1]"),
+    "the first run's scales": attention_edit("(run * KV_RUN + own) * VECTOR_BYTES", "own * VECTOR_BYTES"),
     "the first tile twice": vector_edit("loaded[tile]", "loaded[0]"),
     "even codes twice": vector_edit("codes >> 8", "codes"),
     "pairs of dimensions out of order": vector_edit(
