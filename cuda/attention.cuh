@@ -66,7 +66,7 @@ __device__ __forceinline__ bool load_item(Block& block, const Item& item, int la
     if (sync_threads_or<THREADS>(!arrived)) return false;
     mark(block, layer, MARK_ATTENTION_IN);
     for (int v = block.warp(); v < item.heads() + item.end - item.fresh; v += WARPS) {
-        const int i = opaque(v - item.heads());
+        const int i = opaque(v - item.heads());  // registers are short
         const bool is_query = i < 0;
         HeadVector vector;
         vector.load(is_query ? s.query + v * HEAD_DIM : s.key + i * HEAD_DIM);

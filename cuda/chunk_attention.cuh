@@ -241,8 +241,7 @@ class AttentionUnit {
     __device__ void score_run(const uint8_t* keys, int first, float (&score)[QUERY_SETS][2]) const {
         const int t = lane() % 4, own = lane() / 4 % KV_RUN;
         const int turn = turn_of<Vectors::KEY_ROTATION, KV_RUN>(first, own);
-        float dots[2][4] = {}, scales[2];
-        Vectors::key_scales(keys + own * VECTOR_BYTES, scales);
+        float dots[2][4] = {};
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
             const uint4 k = Vectors::load_key(keys + own * VECTOR_BYTES, j, turn);
@@ -252,6 +251,8 @@ class AttentionUnit {
             mma_16x8x16(dots[0], low, k.x, k.y);
             mma_16x8x16(dots[1], high, k.z, k.w);
         }
+        float scales[2];
+        Vectors::key_scales(keys + own * VECTOR_BYTES, scales);
 #pragma unroll
         for (int set = 0; set < QUERY_SETS; ++set) {
             for (int c = 0; c < 2; ++c) {
