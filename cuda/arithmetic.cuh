@@ -6,6 +6,11 @@
 #include "config.cuh"
 
 #define MASKED __int_as_float(0xff800000)  // minus infinity
+constexpr uint32_t INFINITE = 0x7f800000;
+constexpr uint32_t NAN_BITS =
+    0x7fffffff;                         // what integers are worth that stand for a number that is not finite
+constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: a sum with it has the nearest integer in its low bits
+constexpr uint32_t LEAST_LARGEST = (127 - 118) << 23;  // 2^-118: of a vector, so that its scale is normal
 
 // The sum over the warp, the same bits in every lane.
 __device__ __forceinline__ float warp_sum(float x) {
@@ -65,7 +70,7 @@ struct Angles {
     const float* sines;
 };
 
-// One head's vector before its norm and rotation, shared out among a warp's lanes.
+// One head's vector, shared out among a warp's lanes, from what a product gave to what is kept of it.
 class HeadVector {
   public:
     __device__ void load(const float* vector) {
@@ -81,10 +86,8 @@ class HeadVector {
         }
     }
 
-    // Norms (if the model does), rotates and rounds it into target[place(d)].
-    template <class Place>
-    __device__ void norm_and_rotate(const float* weight, const Angles& angles, uint16_t* target,
-                                    Place place) const {
+    // Norms (if the model does) and rotates it.
+    __device__ void norm_and_rotate(const float* weight, const Angles& angles) {
         const float scale = QK_NORM ? norm_scale() : 1.0f;
 #pragma unroll
         for (int i = 0; i < PAIRS; ++i) {
@@ -96,18 +99,44 @@ class HeadVector {
                 high = high * scale * weight[d + HEAD_DIM / 2];
             }
             const float c = angles.cosines[d], s = angles.sines[d];
-            store(fmaf(low, c, -(high * s)), fmaf(high, c, low * s), d, target, place);
+            low_[i] = fmaf(low, c, -(high * s)), high_[i] = fmaf(high, c, low * s);
         }
     }
 
-    // Only rounds it.
+    // Rounds it to bf16, into target[place(d)].
     template <class Place>
     __device__ void round(uint16_t* target, Place place) const {
 #pragma unroll
         for (int i = 0; i < PAIRS; ++i) {
             const int d = threadIdx.x % 32 + 32 * i;
-            if (d < HEAD_DIM / 2) store(low_[i], high_[i], d, target, place);
+            if (d >= HEAD_DIM / 2) continue;
+            const uint32_t pair = pack_bf16x2(low_[i], high_[i]);
+            target[place(d)] = static_cast<uint16_t>(pair);
+            target[place(d + HEAD_DIM / 2)] = static_cast<uint16_t>(pair >> 16);
         }
+    }
+
+    // As int8 codes, the largest magnitude being 127 of `scale`. The scale is NaN if an element is not
+    // finite. ffmini/numerics.py has the same arithmetic (quantize_vectors).
+    __device__ void quantize(uint8_t* codes, float* scale) const {
+        uint32_t largest = LEAST_LARGEST;
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            if (threadIdx.x % 32 + 32 * i >= HEAD_DIM / 2) continue;
+            largest = max_of(largest, __float_as_uint(low_[i]) & 0x7fffffff);
+            largest = max_of(largest, __float_as_uint(high_[i]) & 0x7fffffff);
+        }
+        largest = warp_max(largest);  // as bits: infinity is above all numbers, NaN above infinity
+        const float inverse = 127.0f / __uint_as_float(largest);
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            const int d = threadIdx.x % 32 + 32 * i;
+            if (d >= HEAD_DIM / 2) continue;
+            codes[d] = static_cast<uint8_t>(__float_as_uint(low_[i] * inverse + ROUNDER));
+            codes[d + HEAD_DIM / 2] = static_cast<uint8_t>(__float_as_uint(high_[i] * inverse + ROUNDER));
+        }
+        const uint32_t bits = __float_as_uint(__uint_as_float(largest) * (1.0f / 127));
+        if (threadIdx.x % 32 == 0) *scale = __uint_as_float(largest < INFINITE ? bits : NAN_BITS);
     }
 
   private:
@@ -119,12 +148,6 @@ class HeadVector {
 #pragma unroll
         for (int i = 0; i < NORMED; ++i) squares = fmaf(normed_[i], normed_[i], squares);
         return rsqrt_approx(warp_sum(squares) * (1.0f / HEAD_DIM) + RMS_NORM_EPS);
-    }
-    template <class Place>
-    static __device__ void store(float low, float high, int d, uint16_t* target, Place place) {
-        const uint32_t pair = pack_bf16x2(low, high);
-        target[place(d)] = static_cast<uint16_t>(pair);
-        target[place(d + HEAD_DIM / 2)] = static_cast<uint16_t>(pair >> 16);
     }
 
     float low_[PAIRS], high_[PAIRS];
@@ -140,8 +163,6 @@ class HeadVector {
 constexpr uint32_t ALIGNED_EXPONENT = 127 + 14;  // biased: where the largest element's goes, so |q| < 2^15
 constexpr uint32_t LEAST_EXPONENT = 27;  // of a largest element: below, powers of two would leave their range
 constexpr uint32_t INFINITE_BF16 = 0x7f80;
-constexpr uint32_t NAN_BITS = 0x7fffffff;  // what a segment with an element that is not finite is worth
-constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: a sum with it has the nearest integer in its low bits
 constexpr uint32_t ROUNDER_BITS = 0x4b400000;
 
 // The largest magnitude among eight bf16, as its bits.

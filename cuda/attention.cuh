@@ -6,6 +6,7 @@
 
 #include "arithmetic.cuh"
 #include "exchange.cuh"
+#include "vectors.cuh"
 
 // ---- an item's vectors ----
 
@@ -47,7 +48,7 @@ __device__ __forceinline__ Angles angles_of(const Block& block, int row) {
     return {block.shared()->rope_cos + at, block.shared()->rope_sin + at};
 }
 
-// Fills query_bf16, key_bf16 and value_bf16 of the item.
+// Fills query_bf16, key_vector and value_vector of the item.
 __device__ __forceinline__ bool load_item(Block& block, const Item& item, int layer, const uint4* qkv,
                                           uint32_t tag, int where) {
     AttentionScratch& s = *block.attention();
@@ -65,21 +66,19 @@ __device__ __forceinline__ bool load_item(Block& block, const Item& item, int la
     if (sync_threads_or<THREADS>(!arrived)) return false;
     mark(block, layer, MARK_ATTENTION_IN);
     for (int v = block.warp(); v < item.heads() + item.end - item.fresh; v += WARPS) {
-        const int i = v - item.heads();
+        const int i = opaque(v - item.heads());  // registers are short
+        const bool is_query = i < 0;
         HeadVector vector;
-        vector.load(i < 0 ? s.query + v * HEAD_DIM : s.key + i * HEAD_DIM);
-        if (i < 0) {
-            vector.norm_and_rotate(s.norm, angles_of(block, item.row), s.query_bf16 + v * QUERY_STRIDE,
-                                   [](int d) { return d; });
+        vector.load(is_query ? s.query + v * HEAD_DIM : s.key + i * HEAD_DIM);
+        vector.norm_and_rotate(is_query ? s.norm : s.norm + HEAD_DIM,
+                               angles_of(block, is_query ? item.row : item.fresh_row + i));
+        if (is_query) {
+            vector.round(s.query_bf16 + v * QUERY_STRIDE, [](int d) { return d; });
             continue;
         }
-        vector.norm_and_rotate(s.norm + HEAD_DIM, angles_of(block, item.fresh_row + i),
-                               s.key_bf16 + i * HEAD_DIM,
-                               [&](int d) { return rotated(d, item.fresh + i, KEY_ROTATION); });
-        for (int d = block.lane(); d < HEAD_DIM; d += 32) {
-            s.value_bf16[i * HEAD_DIM + rotated(d, item.fresh + i, VALUE_ROTATION)] =
-                static_cast<uint16_t>(pack_bf16x2(s.value[i * HEAD_DIM + d], 0.0f));
-        }
+        Vectors::put_key(vector, s.key_vector + i * VECTOR_BYTES, item.fresh + i);
+        vector.load(s.value + i * HEAD_DIM);
+        Vectors::put_value(vector, s.value_vector + i * VECTOR_BYTES, item.fresh + i);
     }
     sync_threads<THREADS>();
     return true;
@@ -92,10 +91,14 @@ __device__ __forceinline__ void append_to_cache(const Block& block, const Item& 
     const int position = block.args.rows[item.row].position;
     if (item.end != position + 1 || item.first_head != item.kv_head() * HEADS_PER_KV) return;
     const uint64_t at = item.cache_offset(block.args, layer, position);
-    const int own = (position - item.fresh) * HEAD_DIM;
-    for (int d = block.thread; d < HEAD_DIM; d += THREADS) {
-        block.args.key_cache[at + d] = s.key_bf16[own + d];
-        block.args.value_cache[at + d] = s.value_bf16[own + d];
+    const int own = (position - item.fresh) * VECTOR_BYTES;
+    for (int i = 2 * block.thread; i < VECTOR_DATA; i += 2 * THREADS) {
+        const auto append = [&](uint8_t* cache, const uint8_t* vectors) {
+            *reinterpret_cast<uint16_t*>(cache + at + i) =
+                *reinterpret_cast<const uint16_t*>(vectors + own + i);
+        };
+        append(block.args.key_cache, s.key_vector);
+        append(block.args.value_cache, s.value_vector);
     }
 }
 
@@ -104,10 +107,9 @@ __device__ __forceinline__ void append_to_cache(const Block& block, const Item& 
 // Where the vector of `position` lies: in a slot that begins with position `first`, or, if the cache did not
 // hold it when it was fetched, among the pass's own rows in `fresh`.
 __device__ __forceinline__ const uint8_t* vector_at(const Item& item, const uint8_t* slot, int first,
-                                                    const uint16_t* fresh, int position) {
+                                                    const uint8_t* fresh, int position) {
     const bool own = position >= item.fresh && position < item.end;
-    return own ? reinterpret_cast<const uint8_t*>(fresh + (position - item.fresh) * HEAD_DIM)
-               : slot + (position - first) * HEAD_DIM * 2;
+    return own ? fresh + (position - item.fresh) * VECTOR_BYTES : slot + (position - first) * VECTOR_BYTES;
 }
 
 // score[run][c] = q . k / sqrt(HEAD_DIM) * log2(e) of head lane / 4 and the run's position 2 (lane % 4) + c,
@@ -118,8 +120,7 @@ __device__ __forceinline__ void score_tile(Block& block, const Item& item, float
     uint4 query[HEAD_DIM_PAD / 32];
 #pragma unroll
     for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
-        const uint16_t* row = block.attention()->query_bf16 + g * QUERY_STRIDE;
-        query[j] = *reinterpret_cast<const uint4*>(row + 32 * j + 8 * t);
+        query[j] = Vectors::load_query(block.attention()->query_bf16 + g * QUERY_STRIDE, j);
     }
     const uint8_t* slot = nullptr;
     for (int run = 0; run < TILE_RUNS; ++run) score[run][0] = score[run][1] = MASKED;
@@ -130,27 +131,24 @@ __device__ __forceinline__ void score_tile(Block& block, const Item& item, float
         if (in_slot == 0) slot = block.stream.wait();
         const int own = first + run * KV_RUN + g % KV_RUN;
         const uint8_t* key =
-            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->key_bf16, own);
+            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->key_vector, own);
         float dots[2][4] = {};  // two sums, which do not wait for each other
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
-            const int d = 32 * j + 8 * t;
-            uint4 k = make_uint4(0, 0, 0, 0);
-            if (HEAD_DIM % 32 == 0 || d < HEAD_DIM) {
-                k = *reinterpret_cast<const uint4*>(key + 2 * rotated(d, own, KEY_ROTATION));
-            }
+            const uint4 k = Vectors::load_key(key, j, own);
             const uint32_t low[4] = {query[j].x, 0, query[j].y, 0}, high[4] = {query[j].z, 0, query[j].w, 0};
             mma_16x8x16(dots[0], low, k.x, k.y);
             mma_16x8x16(dots[1], high, k.z, k.w);
         }
+        float scales[2], found[2];
+        Vectors::key_scales(key, scales);
         for (int c = 0; c < 2; ++c) {
-            dots[0][c] += dots[1][c];
             const int position = first + run * KV_RUN + 2 * t + c;
             const bool visible = 2 * t + c < KV_RUN && position >= item.begin && position < item.end;
-            if (visible) score[run][c] = dots[0][c] * SCORE_SCALE;
+            found[c] = (dots[0][c] + dots[1][c]) * scales[c];
+            if (visible) score[run][c] = found[c];
         }
-        if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS)
-            block.stream.release(dots[0][0] + dots[0][1]);
+        if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS) block.stream.release(found[0] + found[1]);
     }
 }
 
@@ -189,8 +187,8 @@ __device__ __forceinline__ float sum_of(const float (&out)[HEAD_DIM_TILES][4]) {
     return sum;
 }
 
-// out[m] += v . p: dimensions 16 m + lane / 4 (elements 0, 1) and 8 more (2, 3) of heads 2 (lane % 4) and the
-// next.
+// out[m] += v . p: of tile m of 16 dimensions those of half 0 (elements 0, 1) and half 1 (2, 3), see
+// vectors.cuh, of heads 2 (lane % 4) and the next.
 __device__ __forceinline__ void weigh_values(Block& block, const Item& item, const uint32_t (&p)[TILE_RUNS],
                                              float (&out)[HEAD_DIM_TILES][4]) {
     const int t = block.lane() % 4;
@@ -201,25 +199,27 @@ __device__ __forceinline__ void weigh_values(Block& block, const Item& item, con
         const int in_slot = run * KV_RUN % KV_SLOT;
         if (run * KV_RUN / KV_SLOT * KV_SLOT >= positions) break;
         if (in_slot == 0) slot = block.stream.wait();
-        // What the row does not see may be anything, and 0 times anything is not 0.
         const int position = first + run * KV_RUN + 2 * t;
-        uint32_t mask = 0;
-        if (2 * t < KV_RUN && position >= item.begin && position < item.end) mask |= 0xffff;
-        if (2 * t + 1 < KV_RUN && position + 1 >= item.begin && position + 1 < item.end) mask |= 0xffff0000;
-        const int half = block.lane() / 8 % 2;  // lanes 8 to 15 give the rows of the upper eight dimensions
+        const uint32_t seen =
+            seen_pair(2 * t < KV_RUN && position >= item.begin && position < item.end,
+                      2 * t + 1 < KV_RUN && position + 1 >= item.begin && position + 1 < item.end);
+        const int half = block.lane() / 8 % 2;  // lanes 8 to 15 give the other half of a load's rows
         const int own = first + run * KV_RUN + block.lane() % KV_RUN;
         const uint8_t* value =
-            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->value_bf16, own);
-        uint32_t a[HEAD_DIM_TILES][2];
+            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->value_vector, own);
+        float scales[2];
+        Vectors::value_scales(value, scales);
+        const uint32_t weights = Vectors::weigh(p[run], seen, scales);
+        uint32_t loaded[VALUE_LOADS][2];
 #pragma unroll
-        for (int m = 0; m < HEAD_DIM_TILES; ++m) {
-            const int d = min_of(16 * m + 8 * half, HEAD_DIM - 8);
-            load_transposed(a[m], value + 2 * rotated(d, own, VALUE_ROTATION));
+        for (int i = 0; i < VALUE_LOADS; ++i) {
+            load_transposed(loaded[i], Vectors::value_piece(value, 2 * i + half, own));
         }
 #pragma unroll
         for (int m = 0; m < HEAD_DIM_TILES; ++m) {
-            a[m][0] &= mask, a[m][1] &= mask;
-            mma_16x8x8(out[m], a[m], p[run]);
+            uint32_t a[2];
+            Vectors::value_tile(loaded[m / Vectors::LOAD_TILES], m % Vectors::LOAD_TILES, seen, a);
+            mma_16x8x8(out[m], a, weights);
         }
         if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS) block.stream.release(sum_of(out));
     }
@@ -231,14 +231,14 @@ __device__ __forceinline__ void add_tiles(Block& block, const Item& item,
                                           const float (&out)[HEAD_DIM_TILES][4]) {
     constexpr int CHUNKS = ceil_div(SWEEP_DIMS, 32);
     AttentionScratch& s = *block.attention();
-    const int t = block.lane() % 4, g = block.lane() / 4, heads = item.heads();
+    const int t = block.lane() % 4, heads = item.heads();
 #pragma unroll
     for (int sweep = 0; sweep < HEAD_DIM_TILES; sweep += SWEEP_TILES) {
         if (sweep > 0) sync_threads<THREADS>();
 #pragma unroll
         for (int m = sweep; m < min_of(sweep + SWEEP_TILES, HEAD_DIM_TILES); ++m) {
             for (int i = 0; i < 4; ++i) {
-                const int head = 2 * t + i % 2, d = 16 * (m - sweep) + g + i / 2 * 8;
+                const int head = 2 * t + i % 2, d = 16 * (m - sweep) + Vectors::dimension(i / 2);
                 if (head < heads) s.partial[(block.warp() * ITEM_HEADS + head) * SWEEP_DIMS + d] = out[m][i];
             }
         }

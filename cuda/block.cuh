@@ -37,8 +37,8 @@ struct AttentionScratch {
     float value[ROWS * HEAD_DIM];  // the same
     float norm[2 * HEAD_DIM];      // weights of q's and of k's norm
     alignas(16) uint16_t query_bf16[TILE_HEADS * QUERY_STRIDE];
-    alignas(16) uint16_t key_bf16[ROWS * HEAD_DIM];
-    alignas(16) uint16_t value_bf16[ROWS * HEAD_DIM];
+    alignas(16) uint8_t key_vector[ROWS * VECTOR_BYTES];         // as in the cache
+    alignas(16) uint8_t value_vector[ROWS * VECTOR_BYTES];       // the same
     alignas(16) float tile_max[TILE_HEADS * WARPS];              // [head][tile of positions]
     float tile_sum[TILE_HEADS * WARPS];                          // the same
     alignas(16) float partial[WARPS * ITEM_HEADS * SWEEP_DIMS];  // [tile of positions][head][dimension]

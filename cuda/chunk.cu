@@ -95,10 +95,10 @@ struct Place {
     __device__ float* tops() const { return reinterpret_cast<float*>(args.scratch + TOPS_AT); }
     __device__ float* group_sum() const { return reinterpret_cast<float*>(args.scratch + GROUP_SUM_AT); }
 
-    // Of the layer and the chunk's slot in a cache: [NUM_KV_HEADS][MAX_SEQ_LEN][HEAD_DIM].
-    __device__ uint16_t* cached(uint16_t* cache, int layer) const {
+    // Of the layer and the chunk's slot in a cache: [NUM_KV_HEADS][MAX_SEQ_LEN][VECTOR_BYTES].
+    __device__ uint8_t* cached(uint8_t* cache, int layer) const {
         const uint64_t slot = static_cast<uint64_t>(layer) * args.num_slots + args.slot;
-        return cache + slot * NUM_KV_HEADS * MAX_SEQ_LEN * HEAD_DIM;
+        return cache + slot * NUM_KV_HEADS * MAX_SEQ_LEN * VECTOR_BYTES;
     }
 };
 
@@ -310,7 +310,7 @@ __device__ __forceinline__ void norm_qkv(Chunk<FETCHES>& chunk, int layer) {
 
 // Norms and rotates a row's vector `v`, of q, k and v one after the other, as they want it, and puts it in
 // its place.
-__device__ __forceinline__ void place_vector(const Place& chunk, int layer, const HeadVector& vector, int row,
+__device__ __forceinline__ void place_vector(const Place& chunk, int layer, HeadVector& vector, int row,
                                              int v) {
     const ChunkArgs& args = chunk.args;
     const float* vectors = layer_vectors(args, layer);
@@ -318,18 +318,17 @@ __device__ __forceinline__ void place_vector(const Place& chunk, int layer, cons
     const uint64_t at = static_cast<uint64_t>(position) * (HEAD_DIM / 2);
     const Angles angles = {args.rope_cos + at, args.rope_sin + at};
     if (v < NUM_HEADS) {
-        vector.norm_and_rotate(vectors + Q_NORM_OFFSET, angles,
-                               chunk.queries() + (row * NUM_HEADS + v) * HEAD_DIM, [](int d) { return d; });
+        vector.norm_and_rotate(vectors + Q_NORM_OFFSET, angles);
+        vector.round(chunk.queries() + (row * NUM_HEADS + v) * HEAD_DIM, [](int d) { return d; });
         return;
     }
     const int head = (v - NUM_HEADS) % NUM_KV_HEADS;
-    const uint64_t in_slot = (static_cast<uint64_t>(head) * MAX_SEQ_LEN + position) * HEAD_DIM;
+    const uint64_t in_slot = (static_cast<uint64_t>(head) * MAX_SEQ_LEN + position) * VECTOR_BYTES;
     if (v < NUM_HEADS + NUM_KV_HEADS) {
-        vector.norm_and_rotate(vectors + K_NORM_OFFSET, angles, chunk.cached(args.key_cache, layer) + in_slot,
-                               [&](int d) { return rotated(d, position, KEY_ROTATION); });
+        vector.norm_and_rotate(vectors + K_NORM_OFFSET, angles);
+        Vectors::put_key(vector, chunk.cached(args.key_cache, layer) + in_slot, position);
     } else {
-        vector.round(chunk.cached(args.value_cache, layer) + in_slot,
-                     [&](int d) { return rotated(d, position, VALUE_ROTATION); });
+        Vectors::put_value(vector, chunk.cached(args.value_cache, layer) + in_slot, position);
     }
 }
 

@@ -9,6 +9,7 @@
 
 #include "arithmetic.cuh"
 #include "items.cuh"
+#include "vectors.cuh"
 
 constexpr int ATTENTION_WARPS = 8;
 constexpr int ATTENTION_THREADS = 32 * ATTENTION_WARPS;
@@ -37,17 +38,18 @@ constexpr uint64_t output_bytes(int rows) {
 // A piece of the ring: so many positions' keys or values. One piece of each is read at a time.
 constexpr int VECTORS_MEMORY = SHARED_LIMIT - 256 - ATTENTION_WARPS * static_cast<int>(sizeof(MergedSoftmax));
 constexpr int vector_places(int positions) {
-    return min_of(6, VECTORS_MEMORY / (positions * HEAD_DIM * 2));
+    return min_of(6, VECTORS_MEMORY / (positions * VECTOR_BYTES));
 }
 constexpr int PIECE_POSITIONS = vector_places(64) >= 4 ? 64 : (vector_places(32) >= 4 ? 32 : 16);
-constexpr int VECTORS_BYTES = PIECE_POSITIONS * HEAD_DIM * 2;
+constexpr int VECTORS_BYTES = PIECE_POSITIONS * VECTOR_BYTES;
 constexpr int VECTOR_PLACES = vector_places(PIECE_POSITIONS);
 static_assert(VECTOR_PLACES >= 3, "shared memory is too small for keys and values");
 
-// What rotated() is to take for the position of a vector that stands `in_run` behind one that begins a run (a
-// tile): if the rotation comes round in a run, all runs are alike, and the compiler finds the place once.
+// What stands for the position where a vector that stands `in_run` behind the one that begins a run (a tile)
+// is rotated: if the rotation comes round in a run, all runs are alike, and the compiler finds the place
+// once.
 template <int ROTATION, int RUN>
-__device__ __forceinline__ int rotating(int first, int in_run) {
+__device__ __forceinline__ int turn_of(int first, int in_run) {
     return ROTATION * RUN % (HEAD_DIM / 8) == 0 ? in_run : first + in_run;
 }
 
@@ -59,8 +61,8 @@ struct AttentionMemory {
 // The rows of a chunk and where they stand.
 struct Sequence {
     const uint16_t* queries;  // bf16 [rows][NUM_HEADS][HEAD_DIM]
-    const uint16_t* keys;     // of the layer and slot: [NUM_KV_HEADS][MAX_SEQ_LEN][HEAD_DIM]
-    const uint16_t* values;
+    const uint8_t* keys;      // of the layer and slot: [NUM_KV_HEADS][MAX_SEQ_LEN][VECTOR_BYTES]
+    const uint8_t* values;
     float* outputs;  // scratch [output_bytes()]
     float* tops;     // scratch [rows][NUM_HEADS][MAX_SPLITS]: maxima of blocks of positions
     int start, rows, window;
@@ -101,7 +103,7 @@ class VectorOrder {
 // The ring that the block's threads fill for themselves: next() gives the pieces in their order.
 class VectorRing {
   public:
-    __device__ VectorRing(const uint16_t* keys, const uint16_t* values, int begin, int end,
+    __device__ VectorRing(const uint8_t* keys, const uint8_t* values, int begin, int end,
                           AttentionMemory& memory)
         : keys_(keys), values_(values), end_(end), memory_(memory), order_(begin, end) {
         for (int i = 0; i < VECTOR_PLACES - 2; ++i) fetch();
@@ -127,11 +129,11 @@ class VectorRing {
   private:
     __device__ void fetch() {
         if (order_.more()) {
-            const uint16_t* source = (order_.is_value() ? values_ : keys_) + order_.first() * HEAD_DIM;
-            const int bytes = min_of(PIECE_POSITIONS, end_ - order_.first()) * HEAD_DIM * 2;
+            const uint8_t* source = (order_.is_value() ? values_ : keys_) + order_.first() * VECTOR_BYTES;
+            const int bytes = min_of(PIECE_POSITIONS, end_ - order_.first()) * VECTOR_BYTES;
 #pragma unroll 1
             for (int at = 16 * threadIdx.x; at < bytes; at += 16 * ATTENTION_THREADS) {
-                copy_async_16(memory_.vectors[tail_] + at, reinterpret_cast<const uint8_t*>(source) + at);
+                copy_async_16(memory_.vectors[tail_] + at, source + at);
             }
             order_.advance();
         }
@@ -139,7 +141,7 @@ class VectorRing {
         if (++tail_ == VECTOR_PLACES) tail_ = 0;
     }
 
-    const uint16_t *keys_, *values_;
+    const uint8_t *keys_, *values_;
     int end_;
     AttentionMemory& memory_;
     VectorOrder order_;
@@ -174,7 +176,7 @@ class AttentionUnit {
     // the block's first ATTENTION_THREADS threads call it.
     template <class Store>
     __device__ void run(Store store) {
-        const uint64_t head = static_cast<uint64_t>(kv_head_) * MAX_SEQ_LEN * HEAD_DIM;
+        const uint64_t head = static_cast<uint64_t>(kv_head_) * MAX_SEQ_LEN * VECTOR_BYTES;
         VectorRing ring(sequence_.keys + head, sequence_.values + head, begin_, end_, memory_);
         const int first_block = begin_ / KV_BLOCK, last_block = (end_ - 1) / KV_BLOCK;
         float top[QUERY_SETS];
@@ -199,8 +201,8 @@ class AttentionUnit {
 #pragma unroll 1
                 for (int at = 0; at < PIECE_POSITIONS && piece + at < end; at += KV_TILE) {
                     uint32_t p[TILE_RUNS][QUERY_SETS];
-                    weigh_keys(keys + at * HEAD_DIM * 2, piece + at, block_top, sum, p);
-                    weigh_values(values + at * HEAD_DIM * 2, piece + at, p, out);
+                    weigh_keys(keys + at * VECTOR_BYTES, piece + at, block_top, sum, p);
+                    weigh_values(values + at * VECTOR_BYTES, piece + at, p, out);
                 }
             }
             merge(block, block_top, top, sum, out);
@@ -221,7 +223,7 @@ class AttentionUnit {
 
     // The lane's part of query 8 set + g, and which positions that sees: none if it does not exist.
     __device__ void load_query(int set) {
-        const int query = 8 * set + lane() / 4, t = lane() % 4;
+        const int query = 8 * set + lane() / 4;
         const bool valid = exists(query);
         const int position = sequence_.start + row_of_query(query);
         first_[set] = sequence_.first_seen(position), last_[set] = valid ? position : -1;
@@ -230,10 +232,7 @@ class AttentionUnit {
             (static_cast<uint64_t>(row_of_query(query)) * NUM_HEADS + head_of_query(query)) * HEAD_DIM;
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
-            query_[set][j] = make_uint4(0, 0, 0, 0);
-            if (valid && 32 * j + 8 * t < HEAD_DIM) {
-                query_[set][j] = *reinterpret_cast<const uint4*>(vector + 32 * j + 8 * t);
-            }
+            query_[set][j] = valid ? Vectors::load_query(vector, j) : make_uint4(0, 0, 0, 0);
         }
     }
 
@@ -241,29 +240,26 @@ class AttentionUnit {
     // MASKED. `keys` are those from `first` on.
     __device__ void score_run(const uint8_t* keys, int first, float (&score)[QUERY_SETS][2]) const {
         const int t = lane() % 4, own = lane() / 4 % KV_RUN;
+        const int turn = turn_of<Vectors::KEY_ROTATION, KV_RUN>(first, own);
         float dots[2][4] = {};
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
-            const int d = 32 * j + 8 * t;
-            uint4 k = make_uint4(0, 0, 0, 0);
-            if (HEAD_DIM % 32 == 0 || d < HEAD_DIM) {
-                k = *reinterpret_cast<const uint4*>(
-                    keys + 2 * (own * HEAD_DIM +
-                                rotated(d, rotating<KEY_ROTATION, KV_RUN>(first, own), KEY_ROTATION)));
-            }
+            const uint4 k = Vectors::load_key(keys + own * VECTOR_BYTES, j, turn);
             const uint4 upper = QUERY_SETS > 1 ? query_[QUERY_SETS - 1][j] : make_uint4(0, 0, 0, 0);
             const uint32_t low[4] = {query_[0][j].x, upper.x, query_[0][j].y, upper.y};
             const uint32_t high[4] = {query_[0][j].z, upper.z, query_[0][j].w, upper.w};
             mma_16x8x16(dots[0], low, k.x, k.y);
             mma_16x8x16(dots[1], high, k.z, k.w);
         }
+        float scales[2];
+        Vectors::key_scales(keys + own * VECTOR_BYTES, scales);
 #pragma unroll
         for (int set = 0; set < QUERY_SETS; ++set) {
             for (int c = 0; c < 2; ++c) {
                 const int position = first + 2 * t + c;
                 const bool visible = 2 * t + c < KV_RUN && position >= first_[set] && position <= last_[set];
                 const float dot = dots[0][2 * set + c] + dots[1][2 * set + c];
-                score[set][c] = visible ? dot * SCORE_SCALE : MASKED;
+                score[set][c] = visible ? dot * scales[c] : MASKED;
             }
         }
     }
@@ -288,7 +284,7 @@ class AttentionUnit {
 #pragma unroll 2
             for (int run = 0; run < PIECE_POSITIONS; run += KV_RUN) {
                 float score[QUERY_SETS][2];
-                score_run(keys + run * HEAD_DIM * 2, piece + run, score);
+                score_run(keys + run * VECTOR_BYTES, piece + run, score);
 #pragma unroll
                 for (int set = 0; set < QUERY_SETS; ++set) {
                     block_top[set] = fmaxf(block_top[set], fmaxf(score[set][0], score[set][1]));
@@ -312,7 +308,7 @@ class AttentionUnit {
 #pragma unroll
         for (int run = 0; run < TILE_RUNS; ++run) {
             float score[QUERY_SETS][2];
-            score_run(keys + run * KV_RUN * HEAD_DIM * 2, first + run * KV_RUN, score);
+            score_run(keys + run * KV_RUN * VECTOR_BYTES, first + run * KV_RUN, score);
 #pragma unroll
             for (int set = 0; set < QUERY_SETS; ++set) {
                 const float base = top[set] == MASKED ? 0.0f : top[set];  // the query sees nothing here
@@ -330,36 +326,56 @@ class AttentionUnit {
         }
     }
 
-    // out[m][set] += v . p of a tile: dimensions 16 m + g (elements 0, 1) and 8 more (2, 3) of queries 8 set
-    // + 2t and the next.
+    // out[m][set] += v . p of a tile of positions: of tile m of 16 dimensions those of half 0 (elements 0, 1)
+    // and half 1 (2, 3), see vectors.cuh, of queries 8 set + 2t and the next.
     __device__ void weigh_values(const uint8_t* values, int first, const uint32_t (&p)[TILE_RUNS][QUERY_SETS],
                                  float (&out)[HEAD_DIM_TILES][QUERY_SETS][4]) const {
         const int t = lane() % 4, half = lane() / 8 % 2, own = lane() % KV_RUN;
-        uint32_t mask[TILE_RUNS];  // what no query sees may be anything, and 0 times anything is not 0
+        uint32_t seen[TILE_RUNS], weights[TILE_RUNS][QUERY_SETS];
 #pragma unroll
         for (int run = 0; run < TILE_RUNS; ++run) {
             const int position = first + run * KV_RUN + 2 * t;
-            mask[run] = 2 * t < KV_RUN && position < end_ ? 0xffff : 0;
-            if (2 * t + 1 < KV_RUN && position + 1 < end_) mask[run] |= 0xffff0000;
+            seen[run] =
+                seen_pair(2 * t < KV_RUN && position < end_, 2 * t + 1 < KV_RUN && position + 1 < end_);
+            float scales[2];
+            Vectors::value_scales(values + (run * KV_RUN + own) * VECTOR_BYTES, scales);
+#pragma unroll
+            for (int set = 0; set < QUERY_SETS; ++set) {
+                weights[run][set] = Vectors::weigh(p[run][set], seen[run], scales);
+            }
         }
 #pragma unroll
-        for (int m = 0; m < HEAD_DIM_TILES; ++m) {
-            const int d = min_of(16 * m + 8 * half, HEAD_DIM - 8);
-            uint32_t a[TILE_RUNS][2];
+        for (int load = 0; load < VALUE_LOADS; ++load) {
+            uint32_t loaded[TILE_RUNS][2];
 #pragma unroll
             for (int run = 0; run < TILE_RUNS; ++run) {
                 const int in_tile = run * KV_RUN + own;
-                const int turn = rotating<VALUE_ROTATION, KV_TILE>(first, in_tile);
-                load_transposed(a[run], values + 2 * (in_tile * HEAD_DIM + rotated(d, turn, VALUE_ROTATION)));
-                a[run][0] &= mask[run], a[run][1] &= mask[run];
+                const int turn = turn_of<Vectors::VALUE_ROTATION, KV_TILE>(first, in_tile);
+                const uint8_t* value = values + in_tile * VECTOR_BYTES;
+                load_transposed(loaded[run], Vectors::value_piece(value, 2 * load + half, turn));
             }
 #pragma unroll
-            for (int set = 0; set < QUERY_SETS; ++set) {
-                float tile_out[4] = {};
-#pragma unroll
-                for (int run = 0; run < TILE_RUNS; ++run) mma_16x8x8(tile_out, a[run], p[run][set]);
-                for (int i = 0; i < 4; ++i) out[m][set][i] += tile_out[i];
+            for (int tile = 0; tile < Vectors::LOAD_TILES; ++tile) {
+                const int m = load * Vectors::LOAD_TILES + tile;
+                if (m < HEAD_DIM_TILES) weigh_tile(loaded, tile, seen, weights, out[m]);
             }
+        }
+    }
+
+    // The same of one tile of 16 dimensions, the tile-th of a load.
+    static __device__ void weigh_tile(const uint32_t (&loaded)[TILE_RUNS][2], int tile,
+                                      const uint32_t (&seen)[TILE_RUNS],
+                                      const uint32_t (&weights)[TILE_RUNS][QUERY_SETS],
+                                      float (&out)[QUERY_SETS][4]) {
+        uint32_t a[TILE_RUNS][2];
+#pragma unroll
+        for (int run = 0; run < TILE_RUNS; ++run) Vectors::value_tile(loaded[run], tile, seen[run], a[run]);
+#pragma unroll
+        for (int set = 0; set < QUERY_SETS; ++set) {
+            float tile_out[4] = {};
+#pragma unroll
+            for (int run = 0; run < TILE_RUNS; ++run) mma_16x8x8(tile_out, a[run], weights[run][set]);
+            for (int i = 0; i < 4; ++i) out[set][i] += tile_out[i];
         }
     }
 
@@ -431,16 +447,20 @@ class AttentionUnit {
             }
             const int query = 8 * set + g;
             for (int m = 0; m < HEAD_DIM_TILES; ++m) {
+                uint32_t pairs[2];
                 for (int half = 0; half < 2; ++half) {
                     float x[2];
                     for (int which = 0; which < 2; ++which) {
                         const int i = value_index(m, set, 2 * half + which);
                         x[which] = MANY_RUNS ? *output(i) : merged_.run[i][lane()];
                     }
-                    const uint32_t pair = transpose(pack_bf16x2(x[0] * inverse[0], x[1] * inverse[1]));
-                    const int d = 16 * m + 8 * half + 2 * t;
+                    pairs[half] = transpose(pack_bf16x2(x[0] * inverse[0], x[1] * inverse[1]));
+                }
+                Vectors::order_pairs(pairs);
+                for (int i = 0; i < 2; ++i) {
+                    const int d = 16 * m + Vectors::pair_dimension(i);
                     if (exists(query) && d < HEAD_DIM) {
-                        store(row_of_query(query), head_of_query(query) * HEAD_DIM + d, pair);
+                        store(row_of_query(query), head_of_query(query) * HEAD_DIM + d, pairs[i]);
                     }
                 }
             }

@@ -8,7 +8,7 @@
     !defined(SCORE_SCALE) || !defined(NUM_HEADS) || !defined(NUM_KV_HEADS) || !defined(HEAD_DIM) ||       \
     !defined(VOCAB_SIZE) || !defined(MAX_SEQ_LEN) || !defined(RMS_NORM_EPS) || !defined(LAYER_WINDOWS) || \
     !defined(TIE_WORD_EMBEDDINGS) || !defined(QKV_BIAS) || !defined(O_BIAS) || !defined(MLP_BIAS) ||      \
-    !defined(QK_NORM)
+    !defined(QK_NORM) || !defined(KV_BITS)
 #error "a -D constant of the model is missing"
 #endif
 #if !defined(WEIGHT_BITS) || !defined(GROUP_SIZE) || !defined(LM_HEAD_BITS) ||         \
@@ -114,11 +114,15 @@ constexpr int HIDDEN_TILES = OProj::TILES;
 constexpr int RESIDUAL_SIZE = HIDDEN_TILES * TILE_ROWS;  // of a row; what is behind HIDDEN_SIZE is zero
 
 // A warp takes KV_TILE positions of a block of KV_BLOCK, their keys and then their values. They come in slots
-// of KV_SLOT positions (about 2 KB), which it multiplies in runs of KV_RUN.
+// of KV_SLOT positions (about 2 KB), which it multiplies in runs of KV_RUN. A vector is bf16 or int8 codes
+// and their fp32 scale (vectors.cuh), padded for copies of 16 bytes.
+static_assert(KV_BITS == 16 || KV_BITS == 8, "keys and values are bf16 or int8");
+constexpr int VECTOR_DATA = KV_BITS == 16 ? HEAD_DIM * 2 : HEAD_DIM + 4;  // bytes without the padding
+constexpr int VECTOR_BYTES = round_up(VECTOR_DATA, 16);
 constexpr int KV_TILE = KV_BLOCK / WARPS;
-constexpr int KV_SLOT = HEAD_DIM <= 64 ? 16 : (HEAD_DIM <= 128 ? 8 : 4);
+constexpr int KV_SLOT = VECTOR_BYTES <= 144 ? 16 : (VECTOR_BYTES <= 288 ? 8 : 4);
 constexpr int KV_RUN = min_of(8, KV_SLOT);
-constexpr int KV_SLOT_BYTES = KV_SLOT * HEAD_DIM * 2;
+constexpr int KV_SLOT_BYTES = KV_SLOT * VECTOR_BYTES;
 constexpr int TILE_RUNS = KV_TILE / KV_RUN;
 constexpr int HEAD_DIM_PAD = round_up(HEAD_DIM, 32);
 constexpr int HEAD_DIM_TILES = ceil_div(HEAD_DIM, TILE_ROWS);
@@ -168,8 +172,8 @@ struct ModelArgs {
     const float* norm;             // [HIDDEN_SIZE]
     const float* rope_cos;         // [MAX_SEQ_LEN][HEAD_DIM / 2]
     const float* rope_sin;         // [MAX_SEQ_LEN][HEAD_DIM / 2]
-    uint16_t* key_cache;           // bf16 [NUM_LAYERS][num_slots][NUM_KV_HEADS][MAX_SEQ_LEN][HEAD_DIM],
-    uint16_t* value_cache;         // the same; within a vector as rotated() says (items.cuh)
+    uint8_t* key_cache;            // [NUM_LAYERS][num_slots][NUM_KV_HEADS][MAX_SEQ_LEN][VECTOR_BYTES],
+    uint8_t* value_cache;          // the same; see vectors.cuh
     Status* status;                // the host's memory
     uint32_t* gave_up;             // the pass that some block has given up: all blocks leave it
     uint64_t spin_limit_ns;

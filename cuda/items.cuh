@@ -24,16 +24,6 @@ struct Span {
     __device__ int splits() const { return last / KV_BLOCK - first / KV_BLOCK + 1; }
 };
 
-// Where a vector's element `d` lies among HEAD_DIM, in the cache and wherever a key or a value is kept as
-// there: pieces of eight elements are rotated by the position, so that those of neighbouring positions, which
-// a warp reads together, lie in different banks of shared memory.
-constexpr int KEY_ROTATION = 4, VALUE_ROTATION = 1;  // pieces per position
-
-__device__ __forceinline__ int rotated(int d, int position, int rotation) {
-    constexpr int PIECES = HEAD_DIM / 8;
-    return (d / 8 + rotation * position) % PIECES * 8 + d % 8;
-}
-
 struct Item {
     int row;
     int first_head;  // of up to ITEM_HEADS query heads of one KV head
@@ -51,10 +41,10 @@ struct Item {
         const int first = tile_begin(warp);
         return first < end && first + KV_TILE > begin ? min_of(KV_TILE, MAX_SEQ_LEN - first) : 0;
     }
-    // In the cache: the vector [HEAD_DIM] of position `p`.
+    // In the cache, in bytes: the vector of position `p`.
     __device__ uint64_t cache_offset(const PassArgs& args, int layer, int p) const {
         const uint64_t slot = static_cast<uint64_t>(layer) * args.num_slots + args.rows[row].slot;
-        return ((slot * NUM_KV_HEADS + kv_head()) * MAX_SEQ_LEN + p) * HEAD_DIM;
+        return ((slot * NUM_KV_HEADS + kv_head()) * MAX_SEQ_LEN + p) * VECTOR_BYTES;
     }
 };
 

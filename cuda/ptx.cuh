@@ -99,6 +99,14 @@ __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
     return d;
 }
 
+// The sums of two pairs of bf16, to nearest even. By the fused operation, which all devices have.
+__device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+    constexpr uint32_t ONES = 0x3f803f80;
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(ONES), "r"(b));
+    return d;
+}
+
 // The float value of an fp16 bit pattern; exact.
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
     float f;

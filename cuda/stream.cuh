@@ -167,12 +167,11 @@ class Cursor {
             const Item item = items[index];
             const int positions = item.tile_positions(warp_);
             if (positions == 0) continue;
-            const uint16_t* cache = unit_ % 2 == 0 ? args.key_cache : args.value_cache;
-            next_ = reinterpret_cast<const uint8_t*>(cache +
-                                                     item.cache_offset(args, layer_, item.tile_begin(warp_)));
+            const uint8_t* cache = unit_ % 2 == 0 ? args.key_cache : args.value_cache;
+            next_ = cache + item.cache_offset(args, layer_, item.tile_begin(warp_));
             slots_left_ = ceil_div(positions, KV_SLOT);
             slot_bytes_ = KV_SLOT_BYTES;
-            last_bytes_ = (positions - (slots_left_ - 1) * KV_SLOT) * HEAD_DIM * 2;
+            last_bytes_ = (positions - (slots_left_ - 1) * KV_SLOT) * VECTOR_BYTES;
             return true;
         }
     }

@@ -25,13 +25,13 @@ from . import __version__, gpu, launch
 from .candidates import Candidates
 from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, parse_config, read_json
-from .cpu import CPUDecoder, held_bytes
+from .cpu import CPUDecoder, held_bytes, held_vector_bytes
 from .engine import Decoder, Engine
 from .errors import GenerationError, UnsupportedError
 from .generation import Run
 from .info import add_model_arguments, device_name, driver_version
 from .kernel import MAX_ROWS, cached_cubin, has_bulk_copies, max_rows
-from .layout import FORMATS, TILE_ROWS, MatrixLayout
+from .layout import FORMATS, TILE_ROWS, MatrixLayout, VectorLayout
 from .memory import available_memory
 from .model import (
     DEFAULT_MAX_SEQ_LEN,
@@ -44,7 +44,7 @@ from .model import (
     load_packed,
     make_decoder,
 )
-from .numerics import from_bf16, to_bf16
+from .numerics import from_bf16, join_vectors, quantize_vectors, to_bf16
 from .options import GenerationOptions
 from .packing import (
     LAYER_MATRICES,
@@ -151,30 +151,48 @@ def _pack_random(rows: int, layout: MatrixLayout, rng: np.random.Generator) -> n
 def fill_cache(decoder: Decoder, positions: int, seed: int = SEED) -> None:
     """Fill positions below `positions` of a KV cache with random K and V, all layers and slots alike."""
     config = decoder.config
+    layout = VectorLayout(config.head_dim, decoder.kv_dtype)
     rng = np.random.default_rng(seed)
-    for cache in (decoder.key_cache, decoder.value_cache):
+    for cache, scale in (
+        (decoder.key_cache, "key_scale"),
+        (decoder.value_cache, "value_scale"),
+    ):
         for start in range(0, positions, FILLED_POSITIONS):
             count = min(FILLED_POSITIONS, positions - start)
             part = slice(start, start + count)
-            bits = to_bf16(rng.standard_normal((config.num_kv_heads, count, config.head_dim), np.float32))
-            if isinstance(decoder, CPUDecoder):
-                cache[:, 0, :, part] = from_bf16(bits)
-            else:
+            vectors = rng.standard_normal((config.num_kv_heads, count, config.head_dim), np.float32)
+            if not isinstance(decoder, CPUDecoder):
                 with cache.device:
-                    cache[:, :, :, part] = gpu.import_cupy().asarray(bits)
+                    cache[:, :, :, part] = gpu.import_cupy().asarray(_cached(vectors, layout))
+            elif decoder.kv_dtype == "bf16":
+                cache[:, 0, :, part] = from_bf16(to_bf16(vectors))
+            else:
+                cache[:, 0, :, part], getattr(decoder, scale)[:, 0, :, part] = quantize_vectors(vectors)
+
+
+def _cached(vectors: np.ndarray, layout: VectorLayout) -> np.ndarray:
+    """Random `vectors` [..., positions, head_dim] as a GPU's cache holds them; which way round is all one."""
+    if layout.kv_dtype == "bf16":
+        return to_bf16(vectors)
+    return layout.to_cache(join_vectors(*quantize_vectors(vectors)), 0)
 
 
 # ---- bytes and the speed of memory ---------------------------------------------------------------------
 
 
 def pass_bytes(
-    packed: PackedModel, depth: int, unpacked: bool = False, rows: int = 1, sequences: int = 1
+    packed: PackedModel,
+    depth: int,
+    unpacked: bool = False,
+    rows: int = 1,
+    sequences: int = 1,
+    kv_dtype: str = "bf16",
 ) -> int:
     """Bytes that a pass of `rows` rows has to read with `depth` positions of each sequence in the KV cache.
 
     All layers' matrices and vectors as stored (scales and padding included), the final norm, the lm_head,
     `rows` rows of an embedding table that is not the lm_head, and K and V that the windows of each sequence's
-    first row show.
+    first row show, which are of `kv_dtype`.
     `unpacked`: as the CPU path holds them, matrices, scales and cache in float32.
     """
     config = packed.config
@@ -186,7 +204,10 @@ def pass_bytes(
     layer = sum(matrix_bytes(name) for name in LAYER_MATRICES) + 4 * vectors_length(config)
     embed_rows = 0 if config.tie_word_embeddings else 2 * config.hidden_size * rows
     seen = sum(min(depth, window - 1) if window else depth for window in config.layer_windows)
-    cache = sequences * 2 * (4 if unpacked else 2) * config.num_kv_heads * config.head_dim * seen
+    vector = VectorLayout(config.head_dim, kv_dtype).nbytes
+    if unpacked:
+        vector = held_vector_bytes(config.head_dim, kv_dtype)
+    cache = sequences * 2 * config.num_kv_heads * vector * seen
     rest = 4 * config.hidden_size + matrix_bytes("lm_head") + embed_rows
     return config.num_layers * layer + rest + cache
 
@@ -241,7 +262,9 @@ def _gpu_read_peak(ordinal: int) -> float:
 # ---- the check -----------------------------------------------------------------------------------------
 
 
-def check_logits(packed: PackedModel, ordinal: int | None, rows: Sequence[int] = ()) -> float:
+def check_logits(
+    packed: PackedModel, ordinal: int | None, rows: Sequence[int] = (), kv_dtype: str = "bf16"
+) -> float:
     """The relative error of the logits of the first layers, which must be at most TOLERANCE.
 
     A GPU is compared with the CPU path, the CPU path with its own float64 mode. The builds of a GPU that are
@@ -254,11 +277,11 @@ def check_logits(packed: PackedModel, ordinal: int | None, rows: Sequence[int] =
     length = min(CHECKED_TOKENS, context_limit(config))
     tokens = np.random.default_rng(SEED).integers(0, config.vocab_size, length)
     # The very last token goes in a pass of its own: a GPU has another build for that.
-    found = [_last_logits(make_decoder(packed, ordinal, length), tokens, [8, 1])]
+    found = [_last_logits(make_decoder(packed, ordinal, length, kv_dtype=kv_dtype), tokens, [8, 1])]
     if rows:
-        found.append(_last_logits(_rows_decoder(packed, ordinal, length, rows), tokens, rows))
+        found.append(_last_logits(_rows_decoder(packed, ordinal, length, rows, kv_dtype), tokens, rows))
     precision = "float64" if ordinal is None else "bf16"
-    oracle = CPUDecoder(packed, length, precision=precision)
+    oracle = CPUDecoder(packed, length, precision=precision, kv_dtype=kv_dtype)
     expected = _last_logits(oracle, tokens, [max(len(part) for part in found)])
     error = float(np.max([_relative_error(part, expected[-len(part) :]) for part in found]))  # NaN stays
     if not error <= TOLERANCE:
@@ -285,11 +308,13 @@ def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def _rows_decoder(packed: PackedModel, ordinal: int | None, max_seq_len: int, rows: Sequence[int]) -> Decoder:
+def _rows_decoder(
+    packed: PackedModel, ordinal: int | None, max_seq_len: int, rows: Sequence[int], kv_dtype: str
+) -> Decoder:
     """A decoder whose builds are for exactly `rows` rows; the CPU takes any number."""
     if ordinal is None:
-        return make_decoder(packed, None, max_seq_len)
-    return gpu.GPUDecoder(packed, max_seq_len, ordinal, rows=tuple(rows))
+        return make_decoder(packed, None, max_seq_len, kv_dtype=kv_dtype)
+    return gpu.GPUDecoder(packed, max_seq_len, ordinal, rows=tuple(rows), kv_dtype=kv_dtype)
 
 
 # ---- timing --------------------------------------------------------------------------------------------
@@ -307,6 +332,7 @@ class Plan:
     end_to_end: int = 0  # tokens; 0: not measured
     batch: list[int] = field(default_factory=list)  # sequences, a row of each pass for each
     guesses: int = 0  # tokens of texts that are replayed with guesses; 0: not measured
+    kv_dtype: str = "bf16"
 
     @property
     def passes(self) -> int:
@@ -408,16 +434,17 @@ def measure(
     """Check the numbers, then time the tests of `plan`; a record is there as soon as its test is over."""
     # First what can be missing: a directory need not have a tokenizer.
     tokenizer = _tokenizer(packed) if plan.end_to_end or plan.guesses else None
-    rows = _rows_that_fit(packed, shape, plan.rows, max_seq_len, ordinal)
-    batch = _rows_that_fit(packed, shape, plan.batch, max_seq_len, ordinal)
+    rows = _rows_that_fit(packed, shape, plan.rows, max_seq_len, ordinal, plan.kv_dtype)
+    batch = _rows_that_fit(packed, shape, plan.batch, max_seq_len, ordinal, plan.kv_dtype)
     single = plan.prompts or plan.generations or plan.end_to_end or plan.guesses
     if not single and not rows and not batch:
         return
     common = {
         "shape": shape,
         "dtype": packed.format,
+        "kv_dtype": plan.kv_dtype,
         "engine": ENGINE,
-        "logits_error": check_logits(packed, ordinal, sorted({*rows, *batch})),
+        "logits_error": check_logits(packed, ordinal, sorted({*rows, *batch}), plan.kv_dtype),
         "peak_bytes_per_s": read_peak(ordinal),
         "repetitions": plan.repetitions,
         "device": device_name("cpu" if ordinal is None else f"cuda:{ordinal}"),
@@ -428,7 +455,7 @@ def measure(
         "over_unguessed": None,
     }
     if single:
-        with closing(make_decoder(packed, ordinal, max_seq_len)) as decoder:
+        with closing(make_decoder(packed, ordinal, max_seq_len, kv_dtype=plan.kv_dtype)) as decoder:
             for depth in plan.depths:
                 fill_cache(decoder, depth)
                 for length in plan.prompts:
@@ -443,14 +470,14 @@ def measure(
             if plan.guesses:
                 yield from _replays(decoder, tokenizer, plan, common)
     if rows:
-        with closing(_rows_decoder(packed, ordinal, max_seq_len, rows)) as decoder:
+        with closing(_rows_decoder(packed, ordinal, max_seq_len, rows, plan.kv_dtype)) as decoder:
             for depth in plan.depths:
                 fill_cache(decoder, depth)
                 for count in rows:
                     what = {"test": f"rows{count}", "depth": depth}
                     yield _time_passes(packed, decoder, plan, plan.passes, count, common | what)
     if batch:
-        options = {"rows": tuple(batch), "num_slots": max(batch)}
+        options = {"rows": tuple(batch), "num_slots": max(batch), "kv_dtype": plan.kv_dtype}
         with closing(gpu.GPUDecoder(packed, max_seq_len, ordinal, **options)) as decoder:
             for depth in plan.depths:
                 fill_cache(decoder, depth)
@@ -460,14 +487,19 @@ def measure(
 
 
 def _rows_that_fit(
-    packed: PackedModel, shape: str, asked: list[int], max_seq_len: int, ordinal: int | None
+    packed: PackedModel,
+    shape: str,
+    asked: list[int],
+    max_seq_len: int,
+    ordinal: int | None,
+    kv_dtype: str = "bf16",
 ) -> list[int]:
     """Those of `asked` that a pass on GPU `ordinal` has the shared memory for; the others are named."""
     if ordinal is None or not asked:
         return asked
     properties = gpu.import_cupy().cuda.runtime.getDeviceProperties(ordinal)
     limit, blocks = properties["sharedMemPerBlockOptin"], gpu.grid_size(properties["multiProcessorCount"])
-    most = max_rows(packed.config, packed.layouts, max_seq_len, limit, blocks)
+    most = max_rows(packed.config, packed.layouts, max_seq_len, limit, blocks, kv_dtype)
     left_out = ", ".join(str(count) for count in asked if count > most)
     if left_out:
         _say(f"{shape} {packed.format}: a pass has room for {most} rows, not measured: {left_out}")
@@ -533,8 +565,8 @@ def _replays(decoder: Decoder, tokenizer: Tokenizer, plan: Plan, common: dict[st
 
 
 def _mean_bytes(packed: PackedModel, decoder: Decoder, depths: range, rows: int, sequences: int = 1) -> int:
-    unpacked = isinstance(decoder, CPUDecoder)
-    return sum(pass_bytes(packed, depth, unpacked, rows, sequences) for depth in depths) // len(depths)
+    options = isinstance(decoder, CPUDecoder), rows, sequences, decoder.kv_dtype
+    return sum(pass_bytes(packed, depth, *options) for depth in depths) // len(depths)
 
 
 def _record(
@@ -599,7 +631,7 @@ def compare(
     command += ["--passes", str(passes), "--repetitions", str(plan.repetitions)]
     command += ["--prompts", *map(str, plan.prompts)]
     done = subprocess.run(command, input=json.dumps(raw), capture_output=True, text=True)
-    what = {"dtype": "bf16", "test": f"tg{passes}", "depth": depth, "rows": 1}
+    what = {"dtype": "bf16", "kv_dtype": "bf16", "test": f"tg{passes}", "depth": depth, "rows": 1}
     same = (record for record in measured if all(getattr(record, key) == what[key] for key in what))
     nbytes = next((record.bytes for record in same), None)
     shared = ("shape", "peak_bytes_per_s", "repetitions", "device", "driver", "commit")
@@ -671,6 +703,7 @@ def score_text(model: Model, name: str, file: Path) -> Score:
     return Score(
         shape=name,
         dtype=model.dtype,
+        kv_dtype=model.kv_dtype,
         file=file.name,
         tokens=len(model.encode(text, add_special_tokens=False)),
         bytes=len(data),
@@ -828,6 +861,7 @@ def _plan(args: argparse.Namespace, ordinal: int | None) -> Plan:
         end_to_end,
         sorted({count for count in args.batch if count}),
         args.guesses,
+        args.kv_dtype,
     )
     tests = plan.prompts, plan.generations, plan.rows, plan.end_to_end, plan.batch, plan.guesses
     if not any(tests):
@@ -862,7 +896,7 @@ def _score(args: argparse.Namespace) -> Iterator[Score]:
     if args.random:
         raise ValueError("--perplexity needs a model: random weights predict nothing")
     for dtype in args.dtype:
-        with load(args.model, args.device, dtype, args.max_seq_len) as model:
+        with load(args.model, args.device, dtype, args.max_seq_len, kv_dtype=args.kv_dtype) as model:
             yield score_text(model, _model_directory(args.model).name, args.perplexity)
 
 

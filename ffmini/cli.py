@@ -103,7 +103,7 @@ def _load(args: argparse.Namespace, messages: Sequence[dict[str, str]]) -> Model
     if messages:
         directory = bundled_model_path() if args.model is None else resolve_model(args.model)
         Tokenizer(directory).render_chat(messages)
-    return load(args.model, args.device, args.dtype, args.max_seq_len)
+    return load(args.model, args.device, args.dtype, args.max_seq_len, kv_dtype=args.kv_dtype)
 
 
 def _summary(completion: Completion) -> str:
@@ -129,9 +129,10 @@ def run_generate(args: argparse.Namespace) -> int:
         completion = _finished(stream)
         if args.json:
             facts = {"model": args.model or bundled_model_path().name, "dtype": model.dtype}
+            facts |= {"kv_dtype": model.kv_dtype, "device": model.device}
             result = asdict(completion)
             del result["logprobs"]  # no argument asks for them
-            _write(json.dumps({**facts, "device": model.device, **result}, ensure_ascii=False, indent=1))
+            _write(json.dumps({**facts, **result}, ensure_ascii=False, indent=1))
         _write("\n")
         _say(_summary(completion))
     return 0

@@ -3,10 +3,10 @@
 Stages have the kernel's names and can be run one by one; `places` are the positions of their rows, which
 only decide where BLAS gets to see them (see `multiply`). Two precisions:
 
-- "bf16" rounds to bf16 where the kernel does (operands of products, K and V, probabilities) and accumulates
-  in float32; int8 and int4 codes are multiplied in integers, as the kernel does (see `QuantizedMatrix`). A
-  position's result has the same bits however the positions are grouped into passes, and whatever other
-  sequences are in them.
+- "bf16" rounds where the kernel does (operands of products and probabilities to bf16, K and V to bf16 or to
+  int8 codes with a scale each) and accumulates in float32; int8 and int4 codes of weights are multiplied in
+  integers, as the kernel does (see `QuantizedMatrix`). A position's result has the same bits however the
+  positions are grouped into passes, and whatever other sequences are in them.
 - "float64" computes everything in double and rounds nothing: the truth that both are measured against.
 """
 
@@ -22,9 +22,18 @@ from tqdm import tqdm
 
 from .candidates import NON_FINITE, Candidates, Query, summarise
 from .errors import NON_FINITE_LOGITS, GenerationError, MemoryBudgetError
-from .layout import KV_BLOCK, SEGMENT, TILE_ROWS, MatrixLayout, ceil_div
+from .layout import KV_BLOCK, SEGMENT, TILE_ROWS, MatrixLayout, VectorLayout, ceil_div
 from .memory import available_memory
-from .numerics import align, from_bf16, round_bf16, split_bytes, to_bf16
+from .numerics import (
+    align,
+    from_bf16,
+    join_vectors,
+    quantize_vectors,
+    round_bf16,
+    split_bytes,
+    split_vectors,
+    to_bf16,
+)
 from .packing import (
     LAYER_MATRICES,
     PackedLayer,
@@ -33,7 +42,7 @@ from .packing import (
     unpack_quantized,
     vector_offsets,
 )
-from .passes import Work, check_cache, check_pass, check_slot, check_works
+from .passes import Work, check_cache, check_kv_dtype, check_pass, check_slot, check_works
 from .rope import rope_tables
 
 ROW_BLOCK = 16  # rows of every matrix product; see `multiply`
@@ -248,6 +257,11 @@ def held_bytes(layout: MatrixLayout, precision: str = "bf16") -> int:
     return 4 * layout.rows * ceil_div(layout.cols, layout.group_size) * (layout.group_size + parameters)
 
 
+def held_vector_bytes(head_dim: int, kv_dtype: str) -> int:
+    """Bytes of a key or a value as a decoder of the bf16 precision holds it: float32, int8's scale too."""
+    return 4 * (head_dim + (kv_dtype == "int8"))
+
+
 def _row_blocks(layout: MatrixLayout) -> Iterator[tuple[slice, slice]]:
     """Rows of the matrix and the tiles that hold them, block by block."""
     for first in range(0, layout.tiles, UNPACK_TILES):
@@ -324,8 +338,9 @@ class CPUDecoder:
     """Runs passes of `num_slots` sequences of one model on the CPU.
 
     key_cache and value_cache are [num_layers, num_slots, num_kv_heads, positions, head_dim]: max_seq_len
-    positions, and zeros up to a multiple of 256. They hold finite numbers only, rounded to bf16 in that
-    precision.
+    positions, and zeros up to a multiple of 256. They hold finite numbers only; in the bf16 precision rounded
+    to bf16 or, if kv_dtype is "int8", codes as floats, whose scales are in key_scale and value_scale, [...,
+    positions].
     """
 
     max_rows = MAX_ROWS  # that one begin() may query
@@ -337,16 +352,24 @@ class CPUDecoder:
         num_slots: int = 1,
         *,
         precision: str = "bf16",
+        kv_dtype: str = "bf16",
         progress: bool = True,
     ) -> None:
-        """Unpack the weights; raises MemoryBudgetError if they, the KV cache and the scratch do not fit."""
+        """Unpack the weights; raises MemoryBudgetError if they, the KV cache and the scratch do not fit.
+
+        `kv_dtype`: how K and V are kept, one of KV_DTYPES; the float64 precision keeps them as they are.
+        """
         if precision not in ("bf16", "float64"):
             raise ValueError(f'precision must be "bf16" or "float64", not {precision!r}')
+        check_kv_dtype(kv_dtype)
         self.config = packed.config
         self.max_seq_len = max_seq_len
         self.num_slots = num_slots
         self.device = "cpu"
         self.precision = precision
+        self.kv_dtype = kv_dtype
+        self._vector_layout = VectorLayout(packed.config.head_dim, kv_dtype)
+        self._quantizes = kv_dtype == "int8" and precision == "bf16"
         self._dtype = np.float32 if precision == "bf16" else np.float64
         self._round: Callable[[np.ndarray], np.ndarray] = round_bf16 if precision == "bf16" else _keep
         self._check_memory(packed)
@@ -359,6 +382,8 @@ class CPUDecoder:
         self._cos, self._sin = rope_tables(self.config, max_seq_len, self._dtype)
         shape = self._cache_shape()
         self.key_cache, self.value_cache = np.zeros(shape, self._dtype), np.zeros(shape, self._dtype)
+        scales = shape[:-1] if self._quantizes else (0,)
+        self.key_scale, self.value_scale = np.zeros(scales, np.float32), np.zeros(scales, np.float32)
         self._said: list[list[Candidates]] | None = None  # what candidates() is to say
 
     # ---- loading ----
@@ -374,7 +399,8 @@ class CPUDecoder:
         itemsize = np.dtype(self._dtype).itemsize
         held = {name: held_bytes(layout, self.precision) for name, layout in layouts.items()}
         weights = config.num_layers * sum(held[name] for name in LAYER_MATRICES) + held["lm_head"]
-        cache = 2 * int(np.prod(self._cache_shape())) * itemsize
+        vector = config.head_dim + self._quantizes  # and a scale
+        cache = 2 * int(np.prod(self._cache_shape()[:-1])) * vector * itemsize
         heads = config.num_heads
         # Per row: activations; logits; an operand, a block of its products and the scores of a block of
         # positions, each in a few forms; every block's partial result.
@@ -404,8 +430,9 @@ class CPUDecoder:
 
     def close(self) -> None:
         """Free weights and cache; a second call does nothing."""
-        for name in ("_layers", "_lm_head", "_embed_bits", "key_cache", "value_cache"):
+        for name in ("_layers", "_lm_head", "_embed_bits"):
             setattr(self, name, None)
+        self.key_cache = self.value_cache = self.key_scale = self.value_scale = None
 
     # ---- the forward pass ----
 
@@ -456,22 +483,29 @@ class CPUDecoder:
     def read_cache(self, slot: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a slot's first `count` positions (at most max_seq_len).
 
-        Each is bf16 bits, uint16 [num_layers, num_kv_heads, count, head_dim].
+        Each is plain vectors, [num_layers, num_kv_heads, count, plain_size]; see VectorLayout.
         """
         self._require_open()
         check_slot(slot, self.num_slots)
-        keys, values = (cache[:, slot, :, :count] for cache in (self.key_cache, self.value_cache))
-        return to_bf16(keys), to_bf16(values)
+        part = np.s_[:, slot, :, :count]
+        keys, values = self.key_cache[part], self.value_cache[part]
+        if not self._quantizes:
+            return to_bf16(keys), to_bf16(values)
+        scales = self.key_scale[part], self.value_scale[part]
+        return join_vectors(keys.astype(np.int8), scales[0]), join_vectors(values.astype(np.int8), scales[1])
 
     def write_cache(self, slot: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Put keys and values, as read_cache gives them, at a slot's first positions."""
         self._require_open()
         check_slot(slot, self.num_slots)
-        config = self.config
-        sizes = config.num_layers, config.num_kv_heads, config.head_dim, self.max_seq_len
+        sizes = self.config.num_layers, self.config.num_kv_heads, self._vector_layout, self.max_seq_len
         check_cache(keys, values, *sizes)
-        for cache, bits in ((self.key_cache, keys), (self.value_cache, values)):
-            cache[:, slot, :, : bits.shape[2]] = from_bf16(bits)
+        part = np.s_[:, slot, :, : keys.shape[2]]
+        if not self._quantizes:
+            self.key_cache[part], self.value_cache[part] = from_bf16(keys), from_bf16(values)
+            return
+        self.key_cache[part], self.key_scale[part] = split_vectors(keys)
+        self.value_cache[part], self.value_scale[part] = split_vectors(values)
 
     def _require_open(self) -> None:
         if self._layers is None:
@@ -547,9 +581,9 @@ class CPUDecoder:
         heads = qkv.reshape(len(qkv), -1, config.head_dim)
         split = (config.num_heads, config.num_heads + config.num_kv_heads)
         q, k, v = np.split(heads, split, axis=1)
-        q = self._norm_and_rotate(layer, "q_norm", q, positions)
+        q = self._round(self._norm_and_rotate(layer, "q_norm", q, positions))
         k = self._norm_and_rotate(layer, "k_norm", k, positions)
-        self._append(layer, slot, positions, k, self._round(v))
+        self._append(layer, slot, positions, k, v)
         # The query heads of one KV head become rows beside each other: [num_kv_heads, R * groups, head_dim].
         q = q.reshape(len(q), config.num_kv_heads, groups, config.head_dim)
         q = q.transpose(1, 0, 2, 3).reshape(config.num_kv_heads, -1, config.head_dim)
@@ -592,20 +626,27 @@ class CPUDecoder:
         return product * inverse_rms(x, self.config.rms_norm_eps)
 
     def _norm_and_rotate(self, layer: int, norm: str, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Heads x [R, heads, head_dim]: RMSNorm of each if the model has QK norm, rope, rounding."""
+        """Heads x [R, heads, head_dim]: RMSNorm of each if the model has QK norm, rope."""
         if self.config.qk_norm:
             x = rms_norm(x, self._layers[layer].vectors[norm], self.config.rms_norm_eps)
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
         low, high = np.split(x, 2, axis=-1)
-        return self._round(np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1))
+        return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
 
     def _append(self, layer: int, slot: int, positions: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
-        """Write k and v [R, num_kv_heads, head_dim] to the cache at `positions` [R].
+        """Round or quantise k and v [R, num_kv_heads, head_dim] and write them at `positions` [R].
 
         Positions that a row does not see are multiplied by 0, so nothing that is not finite may get in.
         """
+        if not self._quantizes:
+            k, v = self._round(k), self._round(v)
         if not (np.isfinite(k).all() and np.isfinite(v).all()):
             raise GenerationError(f"layer {layer}: non-finite keys or values: finite numbers expected")
+        if self._quantizes:
+            k, key_scale = quantize_vectors(k)
+            v, value_scale = quantize_vectors(v)
+            self.key_scale[layer, slot][:, positions] = key_scale.T
+            self.value_scale[layer, slot][:, positions] = value_scale.T
         self.key_cache[layer, slot][:, positions] = k.swapaxes(0, 1)
         self.value_cache[layer, slot][:, positions] = v.swapaxes(0, 1)
 
@@ -642,10 +683,15 @@ class CPUDecoder:
         if window:
             visible &= column > row - window
         scores = multiply(q, keys, place) * self.config.head_dim**-0.5
+        if self._quantizes:
+            scores *= self.key_scale[layer, slot][:, None, span]
         scores = np.where(visible, scores, -np.inf)
         top = scores.max(axis=-1, keepdims=True)
         p = self._round(np.exp(scores - np.where(visible.any(axis=-1, keepdims=True), top, 0.0)))
-        return top, p.sum(axis=-1, keepdims=True), multiply(p, values.swapaxes(-1, -2), place)
+        total = p.sum(axis=-1, keepdims=True)
+        if self._quantizes:
+            p = self._round(p * self.value_scale[layer, slot][:, None, span])
+        return top, total, multiply(p, values.swapaxes(-1, -2), place)
 
 
 def _add_bias(y: np.ndarray, vectors: dict[str, np.ndarray], name: str) -> np.ndarray:

@@ -37,10 +37,10 @@ from .kernel import (
     max_rows,
 )
 from .launch import ChunkBuild, OnDevice, PassBuild, import_cupy, pinned_array, why_unusable
-from .layout import KEY_ROTATION, VALUE_ROTATION, ceil_div, in_order
+from .layout import KEY_ROTATION, VALUE_ROTATION, VectorLayout, ceil_div
 from .memory import available_memory
 from .packing import PackedModel, vectors_length
-from .passes import Work, check_cache, check_pass, check_slot, check_works
+from .passes import Work, check_cache, check_kv_dtype, check_pass, check_slot, check_works
 from .results import HostMemory, check_query
 from .rope import rope_tables
 
@@ -84,9 +84,10 @@ def grid_size(multiprocessors: int) -> int:
     return min(multiprocessors, MAX_BLOCKS)
 
 
-def kv_cache_bytes(config: ModelConfig, positions: int) -> int:
-    """Bytes of K and V, both bf16, for `positions` positions."""
-    return 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * positions
+def kv_cache_bytes(config: ModelConfig, positions: int, kv_dtype: str = "bf16") -> int:
+    """Bytes of K and V, both of kv_dtype, for `positions` positions; scales and padding included."""
+    vector = VectorLayout(config.head_dim, kv_dtype).nbytes
+    return 2 * config.num_layers * config.num_kv_heads * vector * positions
 
 
 @dataclass
@@ -149,6 +150,7 @@ class GPUDecoder:
         ordinal: int = 0,
         *,
         num_slots: int = 1,
+        kv_dtype: str = "bf16",
         blocks: int | None = None,
         rows: tuple[int, ...] | None = None,
         chunks: bool = True,
@@ -159,11 +161,12 @@ class GPUDecoder:
         stage_times: bool = False,
         progress: bool = True,
     ) -> None:
-        """`num_slots` sequences of up to `max_seq_len` tokens have their KV cache side by side.
+        """`num_slots` sequences of up to `max_seq_len` tokens have a KV cache of `kv_dtype`, side by side.
 
         `blocks` (default: one per multiprocessor), `rows` (default: 1 and as many as fit), `chunks`
         (whether prompts go through in chunks of many rows), `bulk_copies` and `wgmma` (default: if the device
         has them), `in_flight` (default: copies_in_flight) and the rest are for tests and measurements."""
+        check_kv_dtype(kv_dtype)
         reason = why_unusable(ordinal)
         if reason is not None:
             raise DeviceError(reason)
@@ -171,6 +174,8 @@ class GPUDecoder:
         self.config = packed.config
         self.max_seq_len = max_seq_len
         self.num_slots = num_slots
+        self.kv_dtype = kv_dtype
+        self._vector_layout = VectorLayout(packed.config.head_dim, kv_dtype)
         self.device = f"cuda:{ordinal}"
         self._ordinal = ordinal
         self._stage_times = stage_times
@@ -192,7 +197,7 @@ class GPUDecoder:
         if bulk_copies is None:
             bulk_copies = has_bulk_copies(arch)
         bandwidth = memory_bandwidth(ordinal)
-        most = max_rows(packed.config, packed.layouts, max_seq_len, shared_limit, blocks)
+        most = max_rows(packed.config, packed.layouts, max_seq_len, shared_limit, blocks, kv_dtype)
         self._defines = {
             r: kernel_defines(
                 packed.config,
@@ -202,6 +207,7 @@ class GPUDecoder:
                 shared_limit=shared_limit,
                 blocks=blocks,
                 bulk_copies=bulk_copies,
+                kv_dtype=kv_dtype,
                 in_flight=in_flight or copies_in_flight(bandwidth, blocks, packed.layouts),
                 test_pauses=test_pauses,
                 stage_times=stage_times,
@@ -231,7 +237,7 @@ class GPUDecoder:
 
     def _check_memory(self, packed: PackedModel, scratch: int) -> None:
         weights = packed.nbytes
-        cache = kv_cache_bytes(self.config, self.num_slots * self.max_seq_len)
+        cache = kv_cache_bytes(self.config, self.num_slots * self.max_seq_len, self.kv_dtype)
         free = free_memory(self._ordinal)
         if weights + cache + scratch > free:
             raise MemoryBudgetError(
@@ -255,10 +261,11 @@ class GPUDecoder:
         self._embed = None if packed.embed_tokens is None else cupy.asarray(packed.embed_tokens)
         self._norm = cupy.asarray(packed.norm)
         self._rope = tuple(cupy.asarray(table) for table in rope_tables(config, self.max_seq_len))
-        shape = (config.num_layers, self.num_slots, config.num_kv_heads, self.max_seq_len, config.head_dim)
+        vectors = self._vector_layout
+        shape = (config.num_layers, self.num_slots, config.num_kv_heads, self.max_seq_len)
         # Zeros: tiles of positions are fetched whole, those without a token masked out afterwards.
-        self.key_cache = cupy.zeros(shape, dtype=cupy.uint16)
-        self.value_cache = cupy.zeros(shape, dtype=cupy.uint16)
+        self.key_cache = cupy.zeros((*shape, vectors.cached_size), dtype=vectors.dtype)
+        self.value_cache = cupy.zeros((*shape, vectors.cached_size), dtype=vectors.dtype)
         self._logits = cupy.empty((self.max_rows, config.vocab_size), dtype=cupy.float32)
         self._gave_up = cupy.zeros(1, dtype=cupy.uint32)
         self._device_ids = cupy.zeros((MAX_ROWS, MAX_QUERIED), dtype=cupy.int32)
@@ -772,7 +779,7 @@ class GPUDecoder:
     def read_cache(self, slot: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """K and V of a slot's first `count` positions, once the queued passes have ended.
 
-        Both are bf16 bits, uint16 [num_layers, num_kv_heads, count, head_dim], elements in their order.
+        Both are plain vectors, [num_layers, num_kv_heads, count, plain_size]; see VectorLayout.
         """
         self._check_cache(slot, count)
         with self._on_device():
@@ -782,7 +789,7 @@ class GPUDecoder:
     def write_cache(self, slot: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Make `keys` and `values`, as read_cache() gives them, those of the slot's first positions."""
         config = self.config
-        sizes = config.num_layers, config.num_kv_heads, config.head_dim, self.max_seq_len
+        sizes = config.num_layers, config.num_kv_heads, self._vector_layout, self.max_seq_len
         check_cache(keys, values, *sizes)
         self._check_cache(slot, keys.shape[2])
         with self._on_device():
@@ -798,22 +805,23 @@ class GPUDecoder:
         self.finish()
 
     def _read(self, cache: np.ndarray, count: int, rotation: int) -> np.ndarray:
-        """The first positions of a slot's `cache` [num_layers, num_kv_heads, max_seq_len, head_dim].
+        """The first positions of a slot's `cache` [num_layers, num_kv_heads, max_seq_len, cached_size].
 
         By plain copies: CuPy would compile a kernel for a part that is not contiguous.
         """
-        layers, heads, _, head_dim = cache.shape
-        found = np.empty((layers, heads, count, head_dim), np.uint16)
+        layers, heads = cache.shape[:2]
+        vectors = self._vector_layout
+        found = np.empty((layers, heads, count, vectors.plain_size), vectors.dtype)
         for layer in range(layers):
-            bits = np.stack([cache[layer, head, :count].get() for head in range(heads)])
-            found[layer] = in_order(bits, rotation)
+            cached = np.stack([cache[layer, head, :count].get() for head in range(heads)])
+            found[layer] = vectors.to_plain(cached, rotation)
         return found
 
     def _write(self, cache: np.ndarray, vectors: np.ndarray, rotation: int) -> None:
         """The reverse of _read()."""
         for layer, plain in enumerate(vectors):
-            for head, bits in enumerate(in_order(plain, -rotation)):
-                cache[layer, head, : len(bits)].set(np.ascontiguousarray(bits))
+            for head, cached in enumerate(self._vector_layout.to_cache(plain, rotation)):
+                cache[layer, head, : len(cached)].set(np.ascontiguousarray(cached))
 
     def close(self) -> None:
         """Free all memory of this decoder on the device and pinned for it; a second call does nothing."""

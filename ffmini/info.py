@@ -12,12 +12,13 @@ from pathlib import Path
 from . import __version__, gpu
 from .checkpoint import resolve_model
 from .config import ModelConfig, load_config
-from .cpu import held_bytes
+from .cpu import held_bytes, held_vector_bytes
 from .errors import DeviceError
-from .layout import FORMATS, MatrixLayout
+from .layout import FORMATS, KV_DTYPES, MatrixLayout
 from .memory import available_memory
 from .model import bundled_model_path, check_batch_size, choose_device, context_length, load_packed
 from .packing import LAYER_MATRICES, is_packed, make_layouts, vectors_length
+from .passes import check_kv_dtype
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _CPU_FILE = Path("/proc/cpuinfo")
@@ -133,20 +134,26 @@ def parts_table(parts: list[Part]) -> list[str]:
 
 
 def needed_line(
-    config: ModelConfig, parts: list[Part], max_seq_len: int, ordinal: int | None, slots: int = 1
+    config: ModelConfig,
+    parts: list[Part],
+    max_seq_len: int,
+    ordinal: int | None,
+    slots: int = 1,
+    kv_dtype: str = "bf16",
 ) -> str:
     """What weights and KV cache would take on GPU `ordinal` (None: the CPU), and what is free there.
 
     A pass's scratch comes on top: it depends on the build of the kernel, and is small.
     """
-    cache = slots * gpu.kv_cache_bytes(config, max_seq_len)
+    cache = gpu.kv_cache_bytes(config, slots * max_seq_len, kv_dtype)
     weights = sum(part.nbytes for part in parts)
     free = available_memory() if ordinal is None else gpu.free_memory(ordinal)
     where = f"cuda:{ordinal}"
     if ordinal is None:
         # The CPU path unpacks the matrices and keeps K and V in float32; an embedding table stays as it is.
         weights = sum(part.nbytes_on_cpu for part in parts)
-        cache, where = 2 * cache, "the CPU, in float32"
+        vectors = 2 * config.num_layers * config.num_kv_heads * slots * max_seq_len
+        cache, where = vectors * held_vector_bytes(config.head_dim, kv_dtype), "the CPU, in float32"
     sequences = "" if slots == 1 else f"{slots} sequences of "
     verdict = "fits" if weights + cache <= free else "does not fit"
     return (
@@ -160,10 +167,16 @@ def _mib(nbytes: int) -> str:
 
 
 def model_lines(
-    model: str | None, dtype: str | None, device: str, max_seq_len: int | None, max_batch_size: int = 1
+    model: str | None,
+    dtype: str | None,
+    device: str,
+    max_seq_len: int | None,
+    max_batch_size: int = 1,
+    kv_dtype: str = "bf16",
 ) -> list[str]:
     """Shape, parts and memory of a model, arguments as in `ffmini.load`; nothing large is read."""
     check_batch_size(max_batch_size)
+    check_kv_dtype(kv_dtype)
     ordinal = choose_device(device)
     directory = bundled_model_path() if model is None else resolve_model(model)
     config = load_config(directory)
@@ -183,8 +196,8 @@ def model_lines(
         "",
         *parts_table(parts),
         "",
-        f"KV cache: {gpu.kv_cache_bytes(config, 1):,} bytes per token in bf16",
-        needed_line(config, parts, max_seq_len, ordinal, max_batch_size),
+        f"KV cache: {gpu.kv_cache_bytes(config, 1, kv_dtype):,} bytes per token in {kv_dtype}",
+        needed_line(config, parts, max_seq_len, ordinal, max_batch_size, kv_dtype),
     ]
 
 
@@ -198,6 +211,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-seq-len", type=int, metavar="N", help="context to make room for (default: 4096 or the limit)"
     )
+    text = "format of keys and values (default: bf16)"
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="bf16", help=text)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -218,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what `args` ask for on stdout; returns 0, errors are raised."""
     lines = environment_lines()
     if args.model is not None:
-        arguments = (args.model or None, args.dtype, args.device, args.max_seq_len, args.max_batch_size)
-        lines += ["", *model_lines(*arguments)]
+        model, sizes = args.model or None, (args.max_seq_len, args.max_batch_size)
+        lines += ["", *model_lines(model, args.dtype, args.device, *sizes, args.kv_dtype)]
     print("\n".join(lines))
     return 0

@@ -20,7 +20,15 @@ import numpy as np
 from .candidates import MAX_QUERIED
 from .config import ModelConfig
 from .errors import DeviceError
-from .layout import KV_BLOCK, PART_SEGMENTS, SEGMENT, TILE_ROWS, MatrixLayout, ceil_div
+from .layout import (
+    KV_BLOCK,
+    KV_SLOT_BYTES,
+    PART_SEGMENTS,
+    SEGMENT,
+    TILE_ROWS,
+    MatrixLayout,
+    ceil_div,
+)
 from .packing import vector_offsets, vectors_length
 from .resources import resource_dir
 
@@ -130,14 +138,19 @@ CHUNK_INFO = np.dtype(
 
 
 def max_rows(
-    config: ModelConfig, layouts: dict[str, MatrixLayout], max_seq_len: int, shared_limit: int, blocks: int
+    config: ModelConfig,
+    layouts: dict[str, MatrixLayout],
+    max_seq_len: int,
+    shared_limit: int,
+    blocks: int,
+    kv_dtype: str = "bf16",
 ) -> int:
     """The most rows (1, 2, 4 or 8) that leave room in shared memory for the ring of weights.
 
     `shared_limit`: bytes that a block may use; `blocks`: the size of the grid.
     """
-    fit = (rows for rows in (8, 4, 2) if _fits(config, layouts, max_seq_len, shared_limit, blocks, rows))
-    return next(fit, 1)
+    sizes = config, layouts, max_seq_len, shared_limit, blocks
+    return next((rows for rows in (8, 4, 2) if _fits(*sizes, rows, kv_dtype)), 1)
 
 
 def splits_parts(
@@ -147,13 +160,15 @@ def splits_parts(
     shared_limit: int,
     blocks: int,
     rows: int,
+    kv_dtype: str = "bf16",
 ) -> bool:
     """Whether a block has one part of o_proj's and down_proj's input at a time, not all of it.
 
     One row has all of it if there is room: handing on the parts' products takes time, and with more rows
     every block's gathering all of them takes more.
     """
-    return rows > 1 or not _fits(config, layouts, max_seq_len, shared_limit, blocks, rows, whole=True)
+    sizes = config, layouts, max_seq_len, shared_limit, blocks, rows
+    return rows > 1 or not _fits(*sizes, kv_dtype, whole=True)
 
 
 def _fits(
@@ -163,6 +178,7 @@ def _fits(
     shared_limit: int,
     blocks: int,
     rows: int,
+    kv_dtype: str,
     whole: bool = False,
 ) -> bool:
     """Whether activations, `whole` or in parts, leave room for the ring.
@@ -175,7 +191,9 @@ def _fits(
         return min(layout.k_pad, layout.part_segments * SEGMENT) if in_parts else layout.k_pad
 
     held = max(widest(layout) for layout in layouts.values())
-    return _shared_bytes(config, layouts, max_seq_len, shared_limit, blocks, rows, held) <= shared_limit
+    ring = (2 if shared_limit > 128 * 1024 else 1) * _ring_slot_bytes(layouts, kv_dtype)
+    needed = _shared_bytes(config, layouts, max_seq_len, shared_limit, blocks, rows, held)
+    return needed + ring <= shared_limit
 
 
 def _shared_bytes(
@@ -187,9 +205,7 @@ def _shared_bytes(
     rows: int,
     widest: int,
 ) -> int:
-    """An upper bound of what a block needs for `rows` rows of up to `widest` activations and the ring."""
-    large = shared_limit > 128 * 1024
-    ring_bytes = (2 if large else 1) * WARPS * max(2048, *(layout.slot_bytes for layout in layouts.values()))
+    """An upper bound of what a block needs for `rows` rows of up to `widest` activations but for the ring."""
     tiles, head_dim = layouts["o_proj"].tiles, ceil_div(config.head_dim, 32) * 32
     marks = rows * (2 * ceil_div(layouts["lm_head"].tiles, blocks) + 4)
     heads = min(8, config.num_heads // config.num_kv_heads)
@@ -198,13 +214,12 @@ def _shared_bytes(
     activations = rows * (2 * (segments * SEGMENT + 32) + 4 * (segments + groups))
     attention = 64 * min(512, heads * head_dim) + head_dim * (8 * heads + 12 * rows + 28) + 2048
     own_tiles = ceil_div(tiles, blocks)
-    tail = (
-        rows * ((4096 if large else 2048) + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + 8704
-    )
+    sums = 4096 if shared_limit > 200 * 1024 else 2048  # of a row: see ROUND_UNITS in cuda/block.cuh
+    tail = rows * (sums + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + 8704
     splits = ceil_div(max_seq_len, KV_BLOCK)
     merge = 8 * splits + 4 * head_dim * (ceil_div(splits, 16) + 2)
     candidates = 8 * MAX_BLOCKS * LISTED + 4096 + 1280 * rows
-    return max(activations, attention, merge, candidates) + tail + marks + ring_bytes
+    return max(activations, attention, merge, candidates) + tail + marks
 
 
 def chunk_scratch_bound(
@@ -225,6 +240,12 @@ def chunk_scratch_bound(
     return rows * row + 2048
 
 
+def _ring_slot_bytes(layouts: dict[str, MatrixLayout], kv_dtype: str) -> int:
+    """An upper bound of what one place in every warp's ring takes."""
+    vectors = KV_SLOT_BYTES[kv_dtype]
+    return WARPS * max(vectors, *(layout.slot_bytes for layout in layouts.values()))
+
+
 def kernel_defines(
     config: ModelConfig,
     layouts: dict[str, MatrixLayout],
@@ -235,6 +256,7 @@ def kernel_defines(
     blocks: int,
     bulk_copies: bool,
     in_flight: int,
+    kv_dtype: str = "bf16",
     wgmma: bool = False,
     test_pauses: bool = False,
     stage_times: bool = False,
@@ -243,9 +265,9 @@ def kernel_defines(
 
     `rows` is how many rows a pass takes (1 to 8), `shared_limit` the bytes of shared memory that a block
     may use, `blocks` the size of the grid. `bulk_copies`: weights come by bulk copies, which sm_90 and newer
-    have; `in_flight` of them are under way per ring (see copies_in_flight). `wgmma`: chunks multiply by that,
-    which sm_90 alone has. `test_pauses` makes a build that holds packets back at random, `stage_times` one
-    that notes when each block passed each stage.
+    have; `in_flight` of them are under way per ring (see copies_in_flight). `kv_dtype`: of keys and values in
+    the cache, one of KV_DTYPES. `wgmma`: chunks multiply by that, which sm_90 alone has. `test_pauses` makes
+    a build that holds packets back at random, `stage_times` one that notes when each block passed each stage.
     """
     offsets = vector_offsets(config)
     qkv, head = layouts["qkv_proj"], layouts["lm_head"]
@@ -269,6 +291,7 @@ def kernel_defines(
         "O_BIAS": int(config.o_bias),
         "MLP_BIAS": int(config.mlp_bias),
         "QK_NORM": int(config.qk_norm),
+        "KV_BITS": bits[kv_dtype],
         "WEIGHT_BITS": bits[qkv.format],
         "GROUP_SIZE": qkv.group_size,
         "LM_HEAD_BITS": bits[head.format],
@@ -278,7 +301,7 @@ def kernel_defines(
         "VECTORS_SIZE": vectors_length(config),
         "SHARED_LIMIT": shared_limit,
         "PART_SEGMENTS": PART_SEGMENTS[qkv.format],
-        "SPLIT_PARTS": int(splits_parts(config, layouts, max_seq_len, shared_limit, blocks, rows)),
+        "SPLIT_PARTS": int(splits_parts(config, layouts, max_seq_len, shared_limit, blocks, rows, kv_dtype)),
         "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
         "OWN_HEAD_TILES": ceil_div(head.tiles, blocks),
         "MAX_QUERIED": MAX_QUERIED,

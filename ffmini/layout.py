@@ -38,7 +38,10 @@ K_ALIGN = 64
 FORMATS = ("bf16", "int8", "int4")
 LINE_K = {"bf16": 16, "int8": 32, "int4": 64}
 SCALE_BYTES = {"bf16": 0, "int8": 2, "int4": 4}  # for one row of one group
+KV_DTYPES = ("bf16", "int8")  # of keys and values
 KEY_ROTATION, VALUE_ROTATION = 4, 1  # pieces per position, see in_order()
+SCALE_ITEMSIZE = 4  # of an int8 vector's fp32 scale
+KV_SLOT_BYTES = {"bf16": 2048, "int8": 2304}  # at most, of what a warp fetches at a time of keys or values
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -112,10 +115,58 @@ class MatrixLayout:
         return lines + ceil_div(k, self.group_size) * TILE_ROWS * SCALE_BYTES[self.format]
 
 
+@dataclass(frozen=True)
+class VectorLayout:
+    """What a key or a value is outside of the kernel, its plain form, and in the kernel's cache.
+
+    bf16: head_dim bit patterns (uint16), in the cache rotated. int8: head_dim codes and the four bytes of
+    their fp32 scale (uint8), in the cache padded to a multiple of 16 (cuda/vectors.cuh).
+    """
+
+    head_dim: int
+    kv_dtype: str
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        return np.uint16 if self.kv_dtype == "bf16" else np.uint8
+
+    @property
+    def plain_size(self) -> int:
+        """Elements of a plain vector."""
+        return self.head_dim if self.kv_dtype == "bf16" else self.head_dim + SCALE_ITEMSIZE
+
+    @property
+    def cached_size(self) -> int:
+        """Elements of a vector in the cache."""
+        return self.head_dim if self.kv_dtype == "bf16" else ceil_div(self.plain_size, 16) * 16
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a vector in the cache."""
+        return self.cached_size * np.dtype(self.dtype).itemsize
+
+    def to_plain(self, cached: np.ndarray, rotation: int, first: int = 0) -> np.ndarray:
+        """Vectors [..., positions, cached_size] of the cache, the first at `first`, in their plain form.
+
+        `rotation`: KEY_ROTATION or VALUE_ROTATION.
+        """
+        return (
+            in_order(cached, rotation, first) if self.kv_dtype == "bf16" else cached[..., : self.plain_size]
+        )
+
+    def to_cache(self, plain: np.ndarray, rotation: int) -> np.ndarray:
+        """The reverse, of vectors from position 0 on; padding is zeros."""
+        if self.kv_dtype == "bf16":
+            return in_order(plain, -rotation)
+        cached = np.zeros((*plain.shape[:-1], self.cached_size), np.uint8)
+        cached[..., : self.plain_size] = plain
+        return cached
+
+
 def in_order(bits: np.ndarray, rotation: int, first: int = 0) -> np.ndarray:
     """The kernel's keys or values [..., positions, head_dim] with every vector's elements in their order.
 
-    In its cache pieces of eight are rotated by `rotation` times the position (cuda/items.cuh);
+    In its cache of bf16 pieces of eight are rotated by `rotation` times the position (cuda/vectors.cuh);
     bits[..., 0, :] is at `first`. A negative rotation takes elements in their order back to the cache's.
     """
     positions, head_dim = bits.shape[-2:]

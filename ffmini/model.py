@@ -26,6 +26,7 @@ from .generation import Completion, Run
 from .layout import FORMATS
 from .options import OptionsDict, resolve_options, split_options
 from .packing import PackedModel, is_packed, read_packed, weights_digest
+from .passes import check_kv_dtype
 from .resources import resource_dir
 from .snapshot import read_snapshot, write_snapshot
 from .tokenizer import Tokenizer
@@ -179,6 +180,7 @@ class Model:
         self.device: str = decoder.device
         self.max_seq_len: int = decoder.max_seq_len
         self.max_batch_size: int = decoder.num_slots
+        self.kv_dtype: str = decoder.kv_dtype
         self._decoder: Decoder | None = decoder
         self._engine: Engine | None = Engine(decoder)
         self._defaults = defaults
@@ -261,25 +263,27 @@ class Model:
     def save_cache(self, path: str | Path) -> int:
         """Write the keys and values of the last sequence to a safetensors file; returns how many tokens'.
 
-        `load_cache` gives them to a model of the same weights, on any device. The file is there whole or not
-        at all. Raises ValueError if nothing has been computed, BusyError while a stream is open, OSError.
+        `load_cache` gives them to a model of the same weights and kv_dtype, on any device. The file is there
+        whole or not at all. Raises ValueError if nothing has been computed, BusyError while a stream is open,
+        OSError.
         """
         with self._lock:
             snapshot = self._require_free().read_slot()
         if snapshot is None:
             raise ValueError("keys and values of a sequence expected, nothing has been computed yet")
-        write_snapshot(Path(path), snapshot, self._cache_origin())
+        write_snapshot(Path(path), snapshot, self._cache_origin(), self.kv_dtype)
         return len(snapshot.tokens)
 
     def load_cache(self, path: str | Path) -> int:
         """Read what `save_cache` wrote, so that prompts that begin with its tokens need not compute them.
 
         Returns how many tokens those are. Raises CheckpointError if the file is damaged, comes from other
-        weights or does not fit max_seq_len, BusyError while a stream is open.
+        weights, has another kv_dtype or does not fit max_seq_len, BusyError while a stream is open.
         """
         with self._lock:
             engine = self._require_free()
-            snapshot = read_snapshot(Path(path), self._cache_origin(), self.config, self.max_seq_len)
+            origin = self._cache_origin(), self.kv_dtype
+            snapshot = read_snapshot(Path(path), *origin, self.config, self.max_seq_len)
             try:
                 engine.write_slot(snapshot)
             except ValueError as error:
@@ -381,6 +385,7 @@ def load(
     dtype: str | None = None,
     max_seq_len: int | None = None,
     max_batch_size: int = 1,
+    kv_dtype: str = "bf16",
 ) -> Model:
     """Load a model from a Hugging Face or packed directory or, as "org/name", from the Hugging Face cache.
 
@@ -389,6 +394,7 @@ def load(
     dtype: "bf16" (a Hugging Face directory's default), "int8" or "int4"; a packed directory has its own.
     max_seq_len: tokens of context to make room for; by default 4096 or the model's limit if that is less.
     max_batch_size: how many sequences to make room for, of max_seq_len tokens each, 1 to 16.
+    kv_dtype: how keys and values are kept, "bf16" or "int8" (codes with a scale per head and position).
 
     Raises CheckpointError for damaged or missing files, UnsupportedError for a model that ffmini can't run,
     DeviceError for a GPU that can't be used, MemoryBudgetError if it doesn't fit, ValueError for arguments.
@@ -396,6 +402,7 @@ def load(
     if dtype is not None and dtype not in FORMATS:
         raise ValueError(f"dtype must be one of {', '.join(FORMATS)}, not {dtype!r}")
     check_batch_size(max_batch_size)
+    check_kv_dtype(kv_dtype)
     ordinal = choose_device(device)
     directory = bundled_model_path() if path is None else resolve_model(path)
     config = load_config(directory)
@@ -403,11 +410,12 @@ def load(
     tokenizer = Tokenizer(directory)
     defaults = load_generation_defaults(directory)
     packed = load_packed(directory, dtype)
-    decoder = make_decoder(packed, ordinal, max_seq_len, max_batch_size)
+    decoder = make_decoder(packed, ordinal, max_seq_len, max_batch_size, kv_dtype)
     slots = "" if max_batch_size == 1 else f"{max_batch_size} slots of "
+    cache = gpu.kv_cache_bytes(config, max_batch_size * max_seq_len, kv_dtype)
     _say(
         f"{directory.name} ({packed.format}) on {decoder.device}, {slots}context {max_seq_len}, "
-        f"KV cache {max_batch_size * gpu.kv_cache_bytes(config, max_seq_len) / 2**20:.1f} MiB"
+        f"KV cache {cache / 2**20:.1f} MiB in {kv_dtype}"
     )
     return Model(decoder, tokenizer, defaults, packed.format, weights_digest(packed))
 
@@ -431,11 +439,13 @@ def context_limit(config: ModelConfig) -> int:
     return max(config.max_position_embeddings, int(trained * factor))
 
 
-def make_decoder(packed: PackedModel, ordinal: int | None, max_seq_len: int, num_slots: int = 1) -> Decoder:
+def make_decoder(
+    packed: PackedModel, ordinal: int | None, max_seq_len: int, num_slots: int = 1, kv_dtype: str = "bf16"
+) -> Decoder:
     """The decoder for `packed` on GPU number `ordinal`, or on the CPU for None."""
     if ordinal is None:
-        return CPUDecoder(packed, max_seq_len, num_slots)
-    return gpu.GPUDecoder(packed, max_seq_len, ordinal, num_slots=num_slots)
+        return CPUDecoder(packed, max_seq_len, num_slots, kv_dtype=kv_dtype)
+    return gpu.GPUDecoder(packed, max_seq_len, ordinal, num_slots=num_slots, kv_dtype=kv_dtype)
 
 
 def choose_device(device: str) -> int | None:

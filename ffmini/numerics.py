@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+_LEAST_LARGEST = np.float32(2.0**-118)  # of a vector's magnitudes, so that its scale is a normal number
 _MIN_EXPONENT = 27  # biased: align()'s units are 2**-114 or larger, and their inverses normal numbers
 
 
@@ -48,6 +49,30 @@ def align(x: np.ndarray, segment: int) -> tuple[np.ndarray, np.ndarray]:
     inverse = ((268 - exponent) << 23).view(np.float32)
     q = np.rint(np.where(finite[..., None], runs, 0) * inverse[..., None]).astype(np.int16)
     return q.reshape(*x.shape[:-1], -1)[..., :k], scale
+
+
+def quantize_vectors(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Finite float32 vectors `x` [..., n] as int8 codes [..., n] and a float32 scale [...] for each.
+
+    x is scale * code: the largest magnitude has code 127 or -127, others are rounded, ties to even. A vector
+    of magnitudes below about 2**-126 becomes zeros. As HeadVector::quantize() in cuda/arithmetic.cuh, to the
+    bit.
+    """
+    largest = np.maximum(np.abs(x).max(axis=-1), _LEAST_LARGEST)
+    codes = np.rint(x * (np.float32(127) / largest)[..., None]).astype(np.int8)
+    return codes, largest * np.float32(1 / 127)
+
+
+def join_vectors(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """What quantize_vectors() gives as uint8 [..., n + 4]: the codes, then the scale's four bytes."""
+    scale_bytes = np.ascontiguousarray(scale, "<f4")[..., None].view(np.uint8)
+    return np.concatenate((np.ascontiguousarray(codes).view(np.uint8), scale_bytes), axis=-1)
+
+
+def split_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The reverse: codes int8 [..., n] and scale float32 [...] of uint8 [..., n + 4]."""
+    codes = np.ascontiguousarray(vectors[..., :-4]).view(np.int8)
+    return codes, np.ascontiguousarray(vectors[..., -4:]).view("<f4")[..., 0]
 
 
 def split_bytes(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .candidates import Query
+from .layout import KV_DTYPES, VectorLayout
+from .numerics import split_vectors
 
 
 class Work(NamedTuple):
@@ -68,24 +70,39 @@ def check_works(
     return rows, asked
 
 
+def check_kv_dtype(kv_dtype: str) -> None:
+    """Raise ValueError unless keys and values can be kept like that."""
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, not {kv_dtype!r}")
+
+
 def check_cache(
     keys: np.ndarray,
     values: np.ndarray,
     num_layers: int,
     num_kv_heads: int,
-    head_dim: int,
+    layout: VectorLayout,
     max_seq_len: int,
 ) -> None:
     """Raise ValueError unless `keys` and `values` can be those of a slot's first positions.
 
-    Both are finite bf16 bits, uint16 [num_layers, num_kv_heads, count, head_dim], count <= max_seq_len.
+    Both are plain vectors of finite numbers, [num_layers, num_kv_heads, count, layout.plain_size], count <=
+    max_seq_len.
     """
     count = keys.shape[2] if keys.ndim == 4 else 0
-    for bits in (keys, values):
-        if bits.dtype != np.uint16 or bits.shape != (num_layers, num_kv_heads, count, head_dim):
-            expected = f"uint16 [{num_layers}, {num_kv_heads}, n, {head_dim}]"
-            raise ValueError(f"keys and values: {expected} expected, found {bits.dtype} {list(bits.shape)}")
-        if ((bits & 0x7F80) == 0x7F80).any():
+    shape, dtype = (num_layers, num_kv_heads, count, layout.plain_size), np.dtype(layout.dtype)
+    for vectors in (keys, values):
+        if vectors.dtype != dtype or vectors.shape != shape:
+            expected = f"{dtype} [{num_layers}, {num_kv_heads}, n, {layout.plain_size}]"
+            found = f"{vectors.dtype} {list(vectors.shape)}"
+            raise ValueError(f"keys and values: {expected} expected, found {found}")
+        if not _are_finite(vectors, layout):
             raise ValueError("keys and values: finite numbers expected, found others")
     if count > max_seq_len:
         raise ValueError(f"keys and values of at most {max_seq_len} positions expected, found {count}")
+
+
+def _are_finite(vectors: np.ndarray, layout: VectorLayout) -> bool:
+    if layout.kv_dtype == "int8":
+        return bool(np.isfinite(split_vectors(vectors)[1]).all())
+    return not bool(((vectors & 0x7F80) == 0x7F80).any())

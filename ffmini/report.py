@@ -19,6 +19,7 @@ class Record:
 
     shape: str
     dtype: str
+    kv_dtype: str
     engine: str  # ENGINE, or what else ran the shape
     test: str  # pp<tokens>, tg<tokens>, rows<rows of a pass>, batch<sequences>, (e2e, edit, new)<tokens>
     depth: int  # positions in the cache before the test
@@ -46,6 +47,7 @@ class Score:
 
     shape: str
     dtype: str
+    kv_dtype: str
     file: str
     tokens: int
     bytes: int
@@ -64,7 +66,7 @@ def to_json(results: Sequence[Record | Score]) -> str:
 def score_line(score: Score) -> str:
     """A Score for people."""
     return (
-        f"{score.shape} ({score.dtype}), {score.file}: {score.tokens} tokens, {score.bytes} bytes, "
+        f"{score.shape} ({_dtypes(score)}), {score.file}: {score.tokens} tokens, {score.bytes} bytes, "
         f"context {score.context}: perplexity {score.perplexity:.3f} per token, "
         f"{score.bits_per_byte:.4f} bits per byte"
     )
@@ -82,7 +84,7 @@ def summary_line(records: Sequence[Record]) -> str:
         found = record.fraction * record.peak_bytes_per_s / 1e9
         speed = f"{found:.1f} GB/s, {record.fraction:.1%} of the read peak {peak}"
     return (
-        f"{record.shape} {record.dtype} {_test(record)}: {record.tokens_per_s:.1f} tokens/s, "
+        f"{record.shape} {_dtypes(record)} {_test(record)}: {record.tokens_per_s:.1f} tokens/s, "
         f"{record.us_per_token:.1f} us per token, {speed}"
     )
 
@@ -102,12 +104,17 @@ def records_table(records: Sequence[Record]) -> str:
             speed = record.fraction * record.peak_bytes_per_s
             reads = f"{record.bytes / 1e6:.1f} | {speed / 1e9:.1f} | {record.fraction:.1%}"
         lines.append(
-            f"| {record.shape} | {record.dtype} | {record.engine} | {_test(record)} | {rate} | "
+            f"| {record.shape} | {_dtypes(record)} | {record.engine} | {_test(record)} | {rate} | "
             f"{record.us_per_token:.1f} | {a_pass} | {reads} |"
         )
     notes = [*_depth_notes(records), *_end_to_end_notes(records)]
     notes += [*_guess_notes(records), *_engine_notes(records)]
     return "\n".join([*lines, "", *notes, *_common_lines(records)])
+
+
+def _dtypes(result: Record | Score) -> str:
+    """The weights' format, and that of K and V if it is not the usual one."""
+    return result.dtype if result.kv_dtype == "bf16" else f"{result.dtype}, {result.kv_dtype} KV"
 
 
 def _test(record: Record) -> str:
@@ -121,14 +128,15 @@ def _depth_notes(records: Iterable[Record]) -> list[str]:
     for record in sorted(records, key=lambda record: record.depth):
         if record.bytes is None or record.us_per_pass is None:
             continue
-        first = shallowest.setdefault((record.shape, record.dtype, record.engine, record.test), record)
+        key = record.shape, record.dtype, record.kv_dtype, record.engine, record.test
+        first = shallowest.setdefault(key, record)
         added = record.bytes - (first.bytes or 0)
         if added <= 0:  # the first itself, or a window hides the rest
             continue
         spent = record.us_per_pass - (first.us_per_pass or 0.0)
         least = 1e6 * added / record.peak_bytes_per_s
         lines.append(
-            f"{record.shape} {record.dtype} {record.test}, depth {first.depth} to {record.depth}: "
+            f"{record.shape} {_dtypes(record)} {record.test}, depth {first.depth} to {record.depth}: "
             f"{spent:.1f} us more, {added / 1e6:.1f} MB more, which take {least:.1f} us at the read peak: "
             f"ratio {spent / least:.2f}"
         )
@@ -137,7 +145,7 @@ def _depth_notes(records: Iterable[Record]) -> list[str]:
 
 def _end_to_end_notes(records: Iterable[Record]) -> list[str]:
     return [
-        f"{record.shape} {record.dtype} {record.test}: {record.over_queued:.3f} times the queued passes"
+        f"{record.shape} {_dtypes(record)} {record.test}: {record.over_queued:.3f} times the queued passes"
         for record in records
         if record.over_queued is not None
     ]
@@ -145,7 +153,7 @@ def _end_to_end_notes(records: Iterable[Record]) -> list[str]:
 
 def _guess_notes(records: Iterable[Record]) -> list[str]:
     return [
-        f"{record.shape} {record.dtype} {record.test}: {record.over_unguessed:.3f} times the time without "
+        f"{record.shape} {_dtypes(record)} {record.test}: {record.over_unguessed:.3f} times the time without "
         "guesses"
         for record in records
         if record.over_unguessed is not None
@@ -159,7 +167,7 @@ def _engine_notes(records: Sequence[Record]) -> list[str]:
         if other.engine == ENGINE:
             continue
         ratios = [
-            f"{other.us_per_token / mine.us_per_token:.2f} times ffmini's {mine.dtype}"
+            f"{other.us_per_token / mine.us_per_token:.2f} times ffmini's {_dtypes(mine)}"
             for mine in records
             if mine.engine == ENGINE
             and (mine.shape, mine.test, mine.depth) == (other.shape, other.test, other.depth)

@@ -1,7 +1,9 @@
 """Files that keep what a slot holds: its tokens, and their keys and values in plain order.
 
-A safetensors file with the tensors tokens (I64 [count]), keys and values (BF16 [num_layers, num_kv_heads,
-count, head_dim]). Its metadata says of which form it is and of which weights; the device does not matter.
+A safetensors file with the tensors tokens (I64 [count]), keys and values, of the decoder's kv_dtype: BF16
+[num_layers, num_kv_heads, count, head_dim] or, int8, U8 [num_layers, num_kv_heads, count, head_dim + 4],
+codes and the bytes of their fp32 scale. Its metadata says of which form it is, of which kv_dtype and of which
+weights; the device does not matter.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import numpy as np
 from .checkpoint import SafetensorsFile
 from .config import ModelConfig
 from .errors import CheckpointError
+from .layout import VectorLayout
 
-VERSION = 1
-_FORMS = {"tokens": ("I64", "<i8"), "keys": ("BF16", "<u2"), "values": ("BF16", "<u2")}
+VERSION = 2
+_TOKENS = ("I64", "<i8")  # as the file and as NumPy call it
+_VECTORS = {"bf16": ("BF16", "<u2"), "int8": ("U8", "u1")}
 
 
 @dataclass(frozen=True)
@@ -27,22 +31,30 @@ class Snapshot:
     """Tokens of one sequence, with the keys and values of all of them."""
 
     tokens: np.ndarray  # int64 [count]
-    keys: np.ndarray  # bf16 bits, uint16 [num_layers, num_kv_heads, count, head_dim]
+    keys: np.ndarray  # plain vectors [num_layers, num_kv_heads, count, plain_size]; see VectorLayout
     values: np.ndarray  # the same
 
 
-def write_snapshot(path: Path, snapshot: Snapshot, weights: str) -> None:
+def _forms(kv_dtype: str) -> dict[str, tuple[str, str]]:
+    """Of each tensor what the file calls its dtype, and what NumPy does."""
+    return {"tokens": _TOKENS, "keys": _VECTORS[kv_dtype], "values": _VECTORS[kv_dtype]}
+
+
+def write_snapshot(path: Path, snapshot: Snapshot, weights: str, kv_dtype: str) -> None:
     """Make the file `path`, or put it in the place of an older one: whole, or not at all.
 
-    `weights` is the digest of the weights that the keys and values come from. OSError as of any file.
+    `weights` is the digest of the weights that the keys and values, of `kv_dtype`, come from. OSError as of
+    any file.
     """
-    arrays = {name: getattr(snapshot, name).astype(kind, copy=False) for name, (_, kind) in _FORMS.items()}
-    header: dict[str, object] = {"__metadata__": {"ffmini_snapshot": str(VERSION), "weights": weights}}
+    forms = _forms(kv_dtype)
+    arrays = {name: getattr(snapshot, name).astype(kind, copy=False) for name, (_, kind) in forms.items()}
+    origin = {"ffmini_snapshot": str(VERSION), "weights": weights, "kv_dtype": kv_dtype}
+    header: dict[str, object] = {"__metadata__": origin}
     offset = 0
     for name, array in arrays.items():
         end = offset + array.nbytes
         header[name] = {
-            "dtype": _FORMS[name][0],
+            "dtype": forms[name][0],
             "shape": list(array.shape),
             "data_offsets": [offset, end],
         }
@@ -62,35 +74,37 @@ def write_snapshot(path: Path, snapshot: Snapshot, weights: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_snapshot(path: Path, weights: str, config: ModelConfig, max_seq_len: int) -> Snapshot:
+def read_snapshot(path: Path, weights: str, kv_dtype: str, config: ModelConfig, max_seq_len: int) -> Snapshot:
     """What is in the file; its arrays are views of the mapped file.
 
     CheckpointError if it is damaged, of another version, of other weights than those of the digest `weights`,
-    does not have the shapes of `config`, or is longer than `max_seq_len`.
+    of another kv_dtype, does not have the shapes of `config`, or is longer than `max_seq_len`.
     """
-    file = SafetensorsFile(path)
+    file, forms = SafetensorsFile(path), _forms(kv_dtype)
     for key, expected, what in (
         ("ffmini_snapshot", str(VERSION), "a cache of version"),
         ("weights", weights, "a cache of weights"),
+        ("kv_dtype", kv_dtype, "a cache of kv_dtype"),
     ):
         found = file.metadata.get(key, "none")
         if found != expected:
             raise CheckpointError(f"{path}: expected {what} {expected}, found {found}")
-    if set(file.tensors) != set(_FORMS):
-        raise CheckpointError(f"{path}: expected {sorted(_FORMS)}, found {sorted(file.tensors)}")
+    if set(file.tensors) != set(forms):
+        raise CheckpointError(f"{path}: expected {sorted(forms)}, found {sorted(file.tensors)}")
     shape = file.tensors["tokens"].shape
     count = shape[0] if len(shape) == 1 else 0
     if not 0 < count <= max_seq_len:
         raise CheckpointError(
             f"{path}: expected 1 to {max_seq_len} tokens (max_seq_len), found {list(shape)}"
         )
-    cache = (config.num_layers, config.num_kv_heads, count, config.head_dim)
-    for name, (dtype, _) in _FORMS.items():
+    vector = VectorLayout(config.head_dim, kv_dtype).plain_size
+    cache = (config.num_layers, config.num_kv_heads, count, vector)
+    for name, (dtype, _) in forms.items():
         info, wanted = file.tensors[name], (count,) if name == "tokens" else cache
         if (info.dtype, tuple(info.shape)) != (dtype, wanted):
             found = f"{info.dtype} {list(info.shape)}"
             raise CheckpointError(f"{path}: {name}: expected {dtype} {list(wanted)}, found {found}")
-    snapshot = Snapshot(**{name: file.view(name) for name in _FORMS})
+    snapshot = Snapshot(**{name: file.view(name) for name in forms})
     if snapshot.tokens.min() < 0 or snapshot.tokens.max() >= config.vocab_size:
         raise CheckpointError(f"{path}: tokens: expected ids below {config.vocab_size}, found others")
     return snapshot

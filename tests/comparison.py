@@ -8,8 +8,8 @@ from ffmini.candidates import Candidates, Query
 from ffmini.cpu import CPUDecoder
 from ffmini.gpu import GPUDecoder
 from ffmini.kernel import LISTED
-from ffmini.layout import KEY_ROTATION, TILE_ROWS, VALUE_ROTATION, ceil_div, in_order
-from ffmini.numerics import from_bf16
+from ffmini.layout import KEY_ROTATION, TILE_ROWS, VALUE_ROTATION, VectorLayout, ceil_div
+from ffmini.numerics import from_bf16, split_vectors
 from ffmini.passes import Work
 
 # Per stage, fed with the same input, norm over norm. A bf16 rounding of a normed input may fall to the other
@@ -33,14 +33,28 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 def share_cache(oracle: CPUDecoder, key_cache: np.ndarray, value_cache: np.ndarray, start: int) -> None:
     """Give the oracle a kernel's keys and values below position `start`.
 
-    Both caches are bf16 bits [num_layers, num_kv_heads, positions, head_dim], from position 0 on.
+    Both caches are as the kernel has them, [num_layers, num_kv_heads, positions, cached_size], from position
+    0 on, of the oracle's kv_dtype.
     """
-    for target, bits, rotation in (
-        (oracle.key_cache, key_cache, KEY_ROTATION),
-        (oracle.value_cache, value_cache, VALUE_ROTATION),
+    layout = VectorLayout(oracle.config.head_dim, oracle.kv_dtype)
+    for target, scale, cached, rotation in (
+        (oracle.key_cache, oracle.key_scale, key_cache, KEY_ROTATION),
+        (oracle.value_cache, oracle.value_scale, value_cache, VALUE_ROTATION),
     ):
-        target[:, 0, :, :start] = from_bf16(in_order(bits[:, :, :start], rotation))
+        plain = layout.to_plain(cached[:, :, :start], rotation)
         target[:, 0, :, start:] = 1e30  # finite, and seen if anything reads it before it is written
+        if oracle.kv_dtype == "bf16":
+            target[:, 0, :, :start] = from_bf16(plain)
+        else:
+            target[:, 0, :, :start], scale[:, 0, :, :start] = split_vectors(plain)
+
+
+def values_of(plain: np.ndarray, kv_dtype: str) -> np.ndarray:
+    """The numbers, float32 [..., head_dim], that plain vectors stand for."""
+    if kv_dtype == "bf16":
+        return from_bf16(plain)
+    codes, scale = split_vectors(plain)
+    return codes * scale[..., None]
 
 
 def check_stages(

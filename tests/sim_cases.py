@@ -13,7 +13,8 @@ import numpy as np
 from tiny import FAMILIES, tiny_config, tiny_prompt, write_checkpoint
 
 from ffmini.convert import pack_checkpoint
-from ffmini.numerics import to_bf16
+from ffmini.layout import VectorLayout
+from ffmini.numerics import join_vectors, quantize_vectors, to_bf16
 from ffmini.packing import LAYER_MATRICES, PackedModel
 
 MAX_SEQ_LEN = 600
@@ -191,13 +192,14 @@ def case_tokens(packed: PackedModel, length: int) -> np.ndarray:
     return tiny_prompt({"vocab_size": packed.config.vocab_size}, length)
 
 
-def random_cache(shape: tuple[int, ...], start: int) -> np.ndarray:
-    """bf16 bits of `shape`, [..., positions, head_dim]: random before position `start`, NaN from there on.
+def random_cache(shape: tuple[int, ...], start: int, vectors: VectorLayout) -> np.ndarray:
+    """A cache of `shape`, [..., positions, cached_size]: random before position `start`, NaN from there on.
 
-    The keys and the values of a case are the same.
+    The keys and the values of a case are the same. Padding is as what was never written.
     """
-    cache = np.full(shape, 0xFFFF, np.uint16)
+    cache = np.full(shape, np.iinfo(vectors.dtype).max, vectors.dtype)
     stream = np.random.Generator(np.random.PCG64(7))
-    values = stream.standard_normal((*shape[:-2], start, shape[-1]))
-    cache[..., :start, :] = to_bf16(values.astype(np.float32))
+    values = stream.standard_normal((*shape[:-2], start, vectors.head_dim)).astype(np.float32)
+    plain = to_bf16(values) if vectors.kv_dtype == "bf16" else join_vectors(*quantize_vectors(values))
+    cache[..., :start, : vectors.plain_size] = plain
     return cache

@@ -9,12 +9,13 @@ from sim_cases import DEEP, random_cache
 
 from ffmini.kernel import LISTED
 
-BULK, COPY = "bulk ring", "copy ring"  # the builds
+# The builds; the last one has the bulk ring.
+BULK, COPY, INT8_KV_BUILD = "bulk ring", "copy ring", "int8 keys and values"
 
 
 def fill_cache(decoder: SimDecoder, start: int = DEEP) -> None:
     for cache in (decoder.key_cache, decoder.value_cache):
-        cache[...] = random_cache(cache.shape, start)
+        cache[...] = random_cache(cache.shape, start, decoder.vectors)
 
 
 def deep_logits(decoder: SimDecoder, tokens: np.ndarray, chunk: int) -> np.ndarray:

@@ -28,8 +28,9 @@ from ffmini.convert import pack_checkpoint
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import GenerationError, UnsupportedError
 from ffmini.kernel import compile_cubin, has_bulk_copies
+from ffmini.layout import VectorLayout
 from ffmini.model import bundled_model_path
-from ffmini.numerics import from_bf16, round_bf16
+from ffmini.numerics import from_bf16, round_bf16, split_vectors
 from ffmini.packing import LAYER_MATRICES, make_layouts, unpack_matrix
 from ffmini.passes import Work
 from ffmini.shapes import SHAPES
@@ -43,8 +44,8 @@ TESTS = [
     *[("rows2", 0), ("rows5", 0), ("rows2", 7), ("rows5", 7)],
 ]
 KEYS = (
-    "shape dtype engine test depth rows tokens_per_s us_per_token us_per_pass bytes peak_bytes_per_s "
-    "fraction over_queued device driver commit"
+    "shape dtype kv_dtype engine test depth rows tokens_per_s us_per_token us_per_pass bytes "
+    "peak_bytes_per_s fraction over_queued device driver commit"
 )
 
 # Parameters of the published models, tied embeddings counted once.
@@ -117,6 +118,16 @@ def test_pass_bytes_leave_out_what_a_window_hides():
     assert pass_bytes(packed, 100) - pass_bytes(packed, 0) == (100 + 11 + 11) * position
 
 
+def test_pass_bytes_count_what_int8_vectors_take():
+    """Codes, a scale of four bytes and its padding; two vectors for each layer and head."""
+    config = config_of(SHAPES["llama-3.1-8b"])
+    packed, vectors = skeleton(config, "int4"), 2 * 32 * 8
+    found = [pass_bytes(packed, depth, kv_dtype="int8") for depth in (0, 1000)]
+    assert found[1] - found[0] == 1000 * vectors * (128 + 16) == gpu.kv_cache_bytes(config, 1000, "int8")
+    found = [pass_bytes(packed, depth, unpacked=True, kv_dtype="int8") for depth in (0, 1000)]
+    assert found[1] - found[0] == 1000 * vectors * 4 * (128 + 1)
+
+
 def test_pass_bytes_unpacked_are_those_of_the_cpu_decoder(tmp_path):
     packed = pack_checkpoint(write_checkpoint(tmp_path / "tiny", TINY), "int8", progress=False)
     decoder = CPUDecoder(packed, 256, progress=False)
@@ -182,6 +193,21 @@ def test_filled_cache_is_random_and_as_deep_as_asked(monkeypatch):
     assert (decoder.key_cache != before).any()
 
 
+def test_filled_int8_cache_is_that_of_a_gpu():
+    config = config_of(TINY)
+    decoder = CPUDecoder(random_model(config, "bf16"), 64, kv_dtype="int8", progress=False)
+    fill_cache(decoder, 40)
+    keys, values = decoder.read_cache(0, 64)
+    assert not keys[:, :, 40:].any() and not values[:, :, 40:].any() and (keys != values).any()
+    numbers = np.random.default_rng(bench.SEED).standard_normal((config.num_kv_heads, 40, config.head_dim))
+    cached = bench._cached(numbers.astype(np.float32), VectorLayout(config.head_dim, "int8"))
+    codes = np.ascontiguousarray(cached[..., : config.head_dim]).view(np.int8)
+    assert (np.abs(codes).max(axis=-1) == 127).all()
+    for plain in (keys, values):
+        codes, scale = split_vectors(plain[:, :, :40])
+        assert (codes * scale[..., None]).std() == pytest.approx(1, abs=0.05)
+
+
 # ---- the check and the clock ---------------------------------------------------------------------------
 
 
@@ -201,7 +227,9 @@ class WrongDecoder(CPUDecoder):
 
 @pytest.fixture
 def wrong_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "make_decoder", lambda packed, _, length: WrongDecoder(packed, length))
+    monkeypatch.setattr(
+        bench, "make_decoder", lambda packed, _, length, **kind: WrongDecoder(packed, length, **kind)
+    )
 
 
 @pytest.mark.usefixtures("wrong_decoder")
@@ -229,9 +257,9 @@ def test_check_covers_every_build(monkeypatch, context):
             calls[-1].append(len(tokens))
             return super().forward(tokens, start, logits)
 
-    def make(packed: bench.PackedModel, _: int | None, length: int) -> CPUDecoder:
+    def make(packed: bench.PackedModel, _: int | None, length: int, **kind: str) -> CPUDecoder:
         calls.append([])
-        return Recorder(packed, length)
+        return Recorder(packed, length, **kind)
 
     monkeypatch.setattr(bench, "make_decoder", make)
     config = dataclasses.replace(config_of(TINY), max_position_embeddings=context)
@@ -290,7 +318,9 @@ def test_measured_passes_are_the_ones_named(monkeypatch):
             super().begin(works, ahead)
 
     monkeypatch.setattr(bench, "check_logits", lambda *_: 0.0)
-    monkeypatch.setattr(bench, "make_decoder", lambda packed, _, length: Recorder(packed, length))
+    monkeypatch.setattr(
+        bench, "make_decoder", lambda packed, _, length, **kind: Recorder(packed, length, **kind)
+    )
     plan = dataclasses.replace(PLAN, guesses=0)
     list(measure(random_model(config_of(TINY), "bf16"), "tiny", plan, 32, None))
     expected = []
@@ -320,12 +350,14 @@ def test_a_batch_is_queued():
         launch_works=lambda *args: calls.append(args),
         finish=lambda: calls.append("finish"),
         config=config_of(TINY),
+        kv_dtype="int8",
     )
     packed = skeleton(config_of(TINY), "bf16")
     plan = Plan([], [2], [7], 1, batch=[3])
     given = {
         "shape",
         "dtype",
+        "kv_dtype",
         "engine",
         "logits_error",
         "repetitions",
@@ -338,9 +370,9 @@ def test_a_batch_is_queued():
     common |= {"peak_bytes_per_s": 1e9, "depth": 7, "test": "batch3"}
     record = bench._time_batch(packed, decoder, plan, 3, common)
     assert record.us_per_pass == pytest.approx(3 * record.us_per_token) and record.rows == 3
-    assert record.bytes == pass_bytes(packed, 7, rows=3, sequences=3) + (
-        3 * (pass_bytes(packed, 8) - pass_bytes(packed, 7)) // 2
-    )
+    deeper = pass_bytes(packed, 8, kv_dtype="int8") - pass_bytes(packed, 7, kv_dtype="int8")
+    of_all = pass_bytes(packed, 7, rows=3, sequences=3, kv_dtype="int8")
+    assert record.bytes == of_all + 3 * deeper // 2
     run = calls[: len(calls) // 2]
     assert run[-1] == "finish" and len(calls) == 6
     for i, (rows, works, wanted) in enumerate(run[:-1]):
@@ -465,6 +497,14 @@ def test_rows_without_room_are_left_out(capsys):
 
 
 @pytest.mark.usefixtures("tiny_shapes")
+def test_int8_keys_and_values_by_the_command(capsys):
+    assert main(["bench", "--random", "tiny", "--kv-dtype", "int8", *QUICK]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tiny bf16, int8 KV tg2: ")
+    assert lines[4].startswith("| tiny | bf16, int8 KV | ffmini | tg2 | ")
+
+
+@pytest.mark.usefixtures("tiny_shapes")
 @pytest.mark.parametrize("shapes", ["tiny,small", "all"])
 def test_several_shapes_and_dtypes(capsys, shapes):
     """All of them one after the other; with --json the line for each is on stderr."""
@@ -535,7 +575,15 @@ def test_default_tests_depend_on_the_device():
 def record_of(**changes: Any) -> bench.Record:
     """200 us for a pass of 100 MB at a peak of 1 TB/s: half the peak."""
     values: dict[str, Any] = dict.fromkeys([field.name for field in dataclasses.fields(bench.Record)])
-    values |= {"shape": "s", "dtype": "bf16", "engine": "ffmini", "test": "tg200", "depth": 0, "rows": 1}
+    values |= {
+        "shape": "s",
+        "dtype": "bf16",
+        "kv_dtype": "bf16",
+        "engine": "ffmini",
+        "test": "tg200",
+        "depth": 0,
+        "rows": 1,
+    }
     values |= {"tokens_per_s": 5000.0, "tokens_per_s_deviation": 1.0, "us_per_token": 200.0}
     values |= {"us_per_pass": 200.0, "bytes": 100_000_000, "peak_bytes_per_s": 1e12, "fraction": 0.5}
     values |= {"logits_error": 1e-3, "repetitions": 5, "device": "d", "commit": "c"}

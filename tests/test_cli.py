@@ -129,11 +129,13 @@ def test_prompt_lookup_reaches_the_run_and_changes_no_text(run, talker, monkeypa
 
 def test_json_is_one_object(run, model, talker):
     status, out, err = run(
-        "generate", "hello", "-m", talker, "--device", "cpu", "-n", 6, "--json", "--dtype", "int8"
+        *("generate", "hello", "-m", talker, "--device", "cpu", "-n", 6, "--json"),
+        *("--dtype", "int8", "--kv-dtype", "int8"),
     )
     found = json.loads(out)
     assert status == 0 and len(errors(err)) == 1
-    assert (found["model"], found["dtype"], found["device"]) == (str(talker), "int8", "cpu")
+    assert (found["model"], found["dtype"], found["kv_dtype"]) == (str(talker), "int8", "int8")
+    assert found["device"] == "cpu"
     assert (found["finish_reason"], len(found["tokens"])) == ("length", 6)
     assert model.decode(found["tokens"]) == found["text"]
     assert found["usage"] == dict(prompt_tokens=5, completion_tokens=6, total_tokens=11, cached_tokens=0)
@@ -407,6 +409,16 @@ def test_info_counts_what_is_stored(run, talker, tmp_path, dtype):
     assert tables[0].splitlines()[:-1] == tables[1].splitlines()[:-1]
     assert f"{packed.nbytes:,}" in tables[0]
     assert "KV cache: 128 bytes per token in bf16" in tables[0]  # 2 * 2 layers * 2 heads * 8 * 2 bytes
+
+
+def test_info_counts_int8_keys_and_values(run, talker):
+    """Eight codes, a scale of four bytes and four of padding; on the CPU nine floats."""
+    argv = ("info", "--device", "cpu", "-m", talker, "--max-seq-len", 4096, "--kv-dtype", "int8")
+    status, out, _ = run(*argv)
+    assert status == 0 and "KV cache: 128 bytes per token in int8" in out
+    assert "+ 1.1 MiB of KV cache for 4096 tokens on the CPU, in float32" in out
+    status, _, err = run("info", "-m", talker, "--kv-dtype", "int4")
+    assert status == 2 and "invalid choice: 'int4'" in err
 
 
 def test_info_needs_no_weights(run, talker, tmp_path):

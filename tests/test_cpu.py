@@ -73,18 +73,63 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),
-    [("llama_biases", "bf16"), ("mistral", "int8"), ("smollm2", "bf16"), ("qwen3", "int4")],
+    ("family", "dtype", "kv_dtype"),
+    [
+        ("llama_biases", "bf16", "bf16"),
+        ("mistral", "int8", "int8"),
+        ("smollm2", "bf16", "bf16"),
+        ("smollm2", "bf16", "int8"),
+        ("qwen3", "int4", "bf16"),
+        ("qwen3", "int4", "int8"),
+    ],
 )
-def test_grouping_changes_no_bit(make_model: MakeModel, family: str, dtype: str) -> None:
+def test_grouping_changes_no_bit(make_model: MakeModel, family: str, dtype: str, kv_dtype: str) -> None:
     packed = make_model(family, dtype)
     tokens = tiny_prompt(tiny_config(family), LENGTH)
-    expected = make_decoder(packed).forward(tokens, 0, "all")
+    expected = make_decoder(packed, kv_dtype=kv_dtype).forward(tokens, 0, "all")
     for rows in (1, 3, 16, 100):
         # A longer cache, with something in it, must not matter either.
-        decoder = make_decoder(packed, LENGTH + 50 * rows)
+        decoder = make_decoder(packed, LENGTH + 50 * rows, kv_dtype=kv_dtype)
         decoder.forward(tokens[::-1], 0, "none")
         np.testing.assert_array_equal(run_in_chunks(decoder, tokens, rows), expected)
+
+
+PIECES = (1, 3, 16, 128, 300)  # tokens
+
+
+@pytest.fixture(scope="module", params=["bf16", "int8"])
+def told(request: pytest.FixtureRequest, make_model: MakeModel) -> tuple[PackedModel, str, np.ndarray, list]:
+    """A model, a kv_dtype, tokens of two sequences [2, 330], and the logits of each alone and at once."""
+    packed = make_model("qwen2", "int4")
+    tokens = np.stack([tiny_prompt(tiny_config("qwen2"), 330, seed) for seed in range(2)])
+    logits = [make_decoder(packed, 330, kv_dtype=request.param).forward(row, 0, "all") for row in tokens]
+    return packed, request.param, tokens, logits
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_pieces_drafts_and_company_change_no_bit(told: Any, data: st.DataObject) -> None:
+    """Pieces of any size, alone or with another sequence, and guesses that are refused in between."""
+    packed, kv_dtype, tokens, logits = told
+    decoder = make_decoder(packed, 330, num_slots=2, kv_dtype=kv_dtype)
+    asked, done = Query(np.zeros(0, np.int32), np.float32(1)), [0, 0]
+    while any(at < 330 for at in done):
+        slots = [slot for slot in range(2) if done[slot] < 330]
+        if data.draw(st.booleans()):
+            slots = slots[:1]
+        if data.draw(st.booleans()):  # other tokens, whose keys and values are written over
+            at = done[slots[0]]
+            others = (tokens[slots[0], at : at + 8] + 1) % packed.config.vocab_size
+            decoder.forward(others, at, "none", slots[0])
+        works = []
+        for slot in slots:
+            piece = tokens[slot, done[slot] :][: data.draw(st.sampled_from(PIECES))]
+            works.append(Work(slot, piece, done[slot], (asked,) * min(len(piece), 32)))
+            done[slot] += len(piece)
+        decoder.begin(works)
+        for work, said in zip(works, decoder.candidates(), strict=True):
+            rows = slice(done[work.slot] - len(said), done[work.slot])
+            np.testing.assert_array_equal([one.fetch() for one in said], logits[work.slot][rows])
 
 
 def test_product_depends_on_a_rows_position_only() -> None:
@@ -113,9 +158,9 @@ def test_grouping_changes_no_bit_with_older_kernels(kernels: str) -> None:
     environment = os.environ | {"OPENBLAS_CORETYPE": kernels, "OPENBLAS_NUM_THREADS": "1"}
     names = (
         "test_product_depends_on_a_rows_position_only",
-        "test_grouping_changes_no_bit[smollm2-bf16]",
-        "test_grouping_changes_no_bit[qwen3-int4]",
-        "test_a_batch_changes_no_bit[bf16]",
+        "test_grouping_changes_no_bit[smollm2-bf16-bf16]",
+        "test_grouping_changes_no_bit[qwen3-int4-int8]",
+        "test_a_batch_changes_no_bit[bf16-bf16]",
     )
     command = [sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{name}" for name in names)]
     root = Path(__file__).resolve().parent.parent
@@ -347,10 +392,16 @@ def test_stages_with_products_in_integers(make_model: MakeModel, dtype: str) -> 
     assert relative_error(decoder.norm_lm_head(x, 3), expected) < 1e-4
 
 
+Rounding = Callable[[np.ndarray], np.ndarray]
+
+
 def plain_attention(
-    packed: PackedModel, qkv: np.ndarray, window: int, rounding: Callable[[np.ndarray], np.ndarray]
+    packed: PackedModel, qkv: np.ndarray, window: int, rounding: Rounding, keeping: Rounding
 ) -> np.ndarray:
-    """Row by row and head by head, one softmax over all visible positions, in double after `rounding`."""
+    """Row by row and head by head, one softmax over all visible positions, in double.
+
+    After `rounding` of the queries and `keeping` of keys and values.
+    """
     config = packed.config
     theta = config.rope.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     heads = qkv.astype(np.float64).reshape(len(qkv), -1, config.head_dim)
@@ -359,11 +410,11 @@ def plain_attention(
         x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.rms_norm_eps) * vector(packed, name)
         pairs = x[..., : config.head_dim // 2] + 1j * x[..., config.head_dim // 2 :]
         pairs = pairs * np.exp(1j * np.arange(len(x))[:, None, None] * theta)
-        return rounding(np.concatenate((pairs.real, pairs.imag), axis=-1))
+        return np.concatenate((pairs.real, pairs.imag), axis=-1)
 
     split = (config.num_heads, config.num_heads + config.num_kv_heads)
     q, k, v = np.split(heads, split, axis=1)
-    q, k, v = turn(q, "q_norm"), turn(k, "k_norm"), rounding(v)
+    q, k, v = rounding(turn(q, "q_norm")), keeping(turn(k, "k_norm")), keeping(v)
     out = np.empty_like(q)
     for row in range(len(q)):
         first = max(0, row - window + 1) if window else 0
@@ -375,8 +426,18 @@ def plain_attention(
     return out.reshape(len(qkv), -1)
 
 
+def kept_in_bf16(x: np.ndarray) -> np.ndarray:
+    return round_bf16(x.astype(np.float32)).astype(float)
+
+
+def kept_in_int8(x: np.ndarray) -> np.ndarray:
+    scale = np.abs(x).max(axis=-1, keepdims=True) / 127
+    return np.rint(x / scale) * scale
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
 @pytest.mark.parametrize("window", [0, 24, 270])
-def test_attention(make_model: MakeModel, window: int) -> None:
+def test_attention(make_model: MakeModel, window: int, kv_dtype: str) -> None:
     sliding = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0} if window else {}
     packed = make_model("qwen3", **sliding)
     assert set(packed.config.layer_windows) == {window}
@@ -384,11 +445,12 @@ def test_attention(make_model: MakeModel, window: int) -> None:
     qkv = np.random.default_rng(6).standard_normal((LENGTH, columns), np.float32)
     positions = np.arange(LENGTH)
     exact = make_decoder(packed, precision="float64").attention(1, qkv.astype(np.float64), positions)
-    assert relative_error(exact, plain_attention(packed, qkv, window, lambda x: x)) < 1e-12
+    assert relative_error(exact, plain_attention(packed, qkv, window, np.array, np.array)) < 1e-12
 
-    decoder = make_decoder(packed)
+    decoder = make_decoder(packed, kv_dtype=kv_dtype)
     found = decoder.attention(1, qkv, positions)
-    rounded = plain_attention(packed, qkv, window, lambda x: round_bf16(x.astype(np.float32)).astype(float))
+    keeping = {"bf16": kept_in_bf16, "int8": kept_in_int8}[kv_dtype]
+    rounded = plain_attention(packed, qkv, window, kept_in_bf16, keeping)
     assert 1e-4 < relative_error(found, rounded) < BF16_ULP
     for array in (found, decoder.key_cache, decoder.value_cache):
         np.testing.assert_array_equal(array, round_bf16(array))
@@ -409,12 +471,13 @@ def test_rms_norm_and_silu() -> None:
 # ---- whole passes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_rounding_costs_little(make_model: MakeModel, dtype: str) -> None:
+def test_rounding_costs_little(make_model: MakeModel, dtype: str, kv_dtype: str) -> None:
     packed = make_model("llama3.1", dtype)
     tokens = tiny_prompt(tiny_config("llama3.1"), LENGTH)
-    truth = make_decoder(packed, precision="float64").forward(tokens, 0, "all")
-    found = make_decoder(packed).forward(tokens, 0, "all")
+    truth = make_decoder(packed, precision="float64", kv_dtype=kv_dtype).forward(tokens, 0, "all")
+    found = make_decoder(packed, kv_dtype=kv_dtype).forward(tokens, 0, "all")
     assert (truth.dtype, found.dtype) == (np.float64, np.float32)
     assert 1e-4 < relative_error(found, truth) < 0.03
 
@@ -452,29 +515,32 @@ def test_candidates_are_of_the_last_row(make_model: MakeModel, precision: str) -
 SLOTS, LONGEST = 3, 90  # a group of rows has 64
 
 
-@pytest.fixture(scope="module", params=[("mistral", "bf16"), ("qwen3", "int4")], ids=lambda kind: kind[1])
+KINDS = [("mistral", "bf16", "bf16"), ("qwen3", "int4", "bf16"), ("mistral", "int4", "int8")]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind[1:]))
 def alone(
     request: pytest.FixtureRequest, make_model: MakeModel
-) -> tuple[PackedModel, np.ndarray, list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
-    """A model, tokens [SLOTS, LONGEST], and what it makes of each row alone: logits, and K and V."""
-    family, dtype = request.param
+) -> tuple[PackedModel, str, np.ndarray, list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+    """A model, a kv_dtype, tokens [SLOTS, LONGEST], and of each row alone logits and K and V."""
+    family, dtype, kv_dtype = request.param
     packed = make_model(family, dtype)
     config = tiny_config(family)
     tokens = np.stack([tiny_prompt(config, LONGEST, seed) for seed in range(SLOTS)])
     logits, caches = [], []
     for row in tokens:
-        decoder = make_decoder(packed, LONGEST)
+        decoder = make_decoder(packed, LONGEST, kv_dtype=kv_dtype)
         logits.append(decoder.forward(row, 0, "all"))
         caches.append(decoder.read_cache(0, LONGEST))
-    return packed, tokens, logits, caches
+    return packed, kv_dtype, tokens, logits, caches
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_a_batch_changes_no_bit(alone: Any, data: st.DataObject) -> None:
     """Rows in any order and company, asked about or not, say what they say alone and leave its K and V."""
-    packed, tokens, logits, caches = alone
-    decoder = make_decoder(packed, LONGEST, num_slots=SLOTS)
+    packed, kv_dtype, tokens, logits, caches = alone
+    decoder = make_decoder(packed, LONGEST, num_slots=SLOTS, kv_dtype=kv_dtype)
     done = [0] * SLOTS
     ids = np.array([3, 250], np.int32)
     while any(at < LONGEST for at in done):
@@ -503,18 +569,19 @@ def test_a_batch_changes_no_bit(alone: Any, data: st.DataObject) -> None:
 
 
 def test_a_written_cache_is_as_good_as_a_run_prompt(alone: Any) -> None:
-    packed, tokens, logits, caches = alone
-    decoder = make_decoder(packed, 2 * LONGEST, num_slots=2)
+    packed, kv_dtype, tokens, logits, caches = alone
+    decoder = make_decoder(packed, 2 * LONGEST, num_slots=2, kv_dtype=kv_dtype)
     decoder.forward(tokens[1], 0, "none", slot=1)
     decoder.write_cache(1, *(bits[:, :, :70] for bits in caches[0]))
     np.testing.assert_array_equal(decoder.forward(tokens[0, 70:], 70, "all", slot=1), logits[0][70:])
     assert not decoder.key_cache[:, 0].any()
-    with pytest.raises(ValueError, match=r"uint16 \[2, 2, n, 32\] expected, found uint16 \[2, 90, 32\]"):
+    size = {"bf16": "n, 32", "int8": "n, 36"}[kv_dtype]
+    with pytest.raises(ValueError, match=rf"int\d+ \[2, 2, {size}\] expected, found uint\d+ \[2, 90, 3\d\]"):
         decoder.write_cache(0, *(bits[:, 0] for bits in caches[0]))
     with pytest.raises(ValueError, match="at most 180 positions expected, found 270"):
         decoder.write_cache(0, *(np.repeat(bits, 3, axis=2) for bits in caches[0]))
     with pytest.raises(ValueError, match="finite numbers expected"):
-        decoder.write_cache(0, caches[0][0], caches[0][1] | 0x7F80)
+        decoder.write_cache(0, caches[0][0], caches[0][1] | (0x7F80 if kv_dtype == "bf16" else 0xFF))
     assert not decoder.key_cache[:, 0].any()
 
 
@@ -620,25 +687,27 @@ def test_memory_is_checked_before_it_is_taken(biased: PackedModel, monkeypatch: 
         make_decoder(biased)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "float64"])
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_dtype": "int8"}, {"precision": "float64"}], ids=lambda x: "".join(x.values())
+)
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_memory_taken_is_what_was_checked(
-    dtype: str, precision: str, monkeypatch: pytest.MonkeyPatch
+    dtype: str, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights and cache to within a few percent; the scratch of 64 rows with all their logits in a bound."""
     shape = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 20000, "num_hidden_layers": 4}
     packed = random_model(parse_config(tiny_config("llama2", **shape), "test"), dtype)
     with monkeypatch.context() as patch, pytest.raises(MemoryBudgetError) as refusal:
         patch.setattr(ffmini.cpu, "available_memory", lambda: 0)
-        make_decoder(packed, 256, precision=precision)
+        make_decoder(packed, 256, **options)
     figures = re.findall(r"(\d+) MiB", str(refusal.value))
     weights, cache, scratch, _ = (int(figure) << 20 for figure in figures)
     with monkeypatch.context() as patch, pytest.raises(MemoryBudgetError):
         patch.setattr(ffmini.cpu, "available_memory", lambda: weights + cache + scratch // 2)
-        make_decoder(packed, 256, precision=precision)
+        make_decoder(packed, 256, **options)
     tracemalloc.start()
     try:
-        decoder = make_decoder(packed, 256, precision=precision)
+        decoder = make_decoder(packed, 256, **options)
         held = tracemalloc.get_traced_memory()[0]
         decoder.forward(np.arange(64), 0, "all")
         peak = tracemalloc.get_traced_memory()[1]

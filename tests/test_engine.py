@@ -307,9 +307,9 @@ def test_load_says_how_many_slots_there_are(checkpoint: Path, capsys: pytest.Cap
     make_model(checkpoint, 4).close()
     one, four = capsys.readouterr().err.splitlines()
     assert one.endswith(
-        "on cpu, context 700, KV cache 0.3 MiB"
+        "on cpu, context 700, KV cache 0.3 MiB in bf16"
     )  # 2 * 2 layers * 2 heads * 32 * 700 * 2 bytes
-    assert four.endswith("on cpu, 4 slots of context 700, KV cache 1.4 MiB")
+    assert four.endswith("on cpu, 4 slots of context 700, KV cache 1.4 MiB in bf16")
 
 
 # ---- drafts --------------------------------------------------------------------------------------------

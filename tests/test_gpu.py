@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comparison import ask, check_candidates, check_logits, check_stages, error, flat, query, share_cache
+from comparison import (
+    ask,
+    check_candidates,
+    check_logits,
+    check_stages,
+    error,
+    flat,
+    query,
+    share_cache,
+    values_of,
+)
 from packets import PACKET, stages
 from tiny import FAMILIES, tiny_config, tiny_prompt, write_checkpoint
 
@@ -20,8 +34,8 @@ from ffmini.config import parse_config
 from ffmini.convert import pack_checkpoint
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import DeviceError, GenerationError
+from ffmini.layout import KV_DTYPES
 from ffmini.model import bundled_model_path
-from ffmini.numerics import from_bf16
 from ffmini.packing import PackedModel
 from ffmini.passes import Work
 from ffmini.shapes import SHAPES
@@ -32,7 +46,8 @@ pytestmark = [
     pytest.mark.skipif(gpu.why_unusable() is not None, reason=f"no device: {gpu.why_unusable()}"),
 ]
 
-TALE = Path(__file__).parent / "tale.txt"
+ROOT = Path(__file__).parent.parent
+TALE = ROOT / "tests" / "tale.txt"
 FORMATS = ("bf16", "int8", "int4")
 # Sizes that are multiples of no tile, all head sizes, GQA ratios up to 16; small otherwise.
 AWKWARD: dict[str, dict[str, Any]] = {
@@ -74,21 +89,21 @@ def check_last_pass(
     caches = [
         cache[:, 0, :, :start].get()
         if start
-        else np.zeros((*cache.shape[:1], *cache.shape[2:3], 0, cache.shape[-1]), np.uint16)
+        else np.zeros((*cache.shape[:1], *cache.shape[2:3], 0, cache.shape[-1]), cache.dtype)
         for cache in (decoder.key_cache, decoder.value_cache)
     ]
     share_cache(oracle, *caches, start)
     check_stages(stages(exchange, decoder.config, rows, len(tokens)), oracle, tokens, start)
 
 
-def check_model(packed: PackedModel, length: int = 70, tail: int = 6) -> None:
+def check_model(packed: PackedModel, length: int = 70, tail: int = 6, kv_dtype: str = "bf16") -> None:
     """Whole model and every stage: a prompt in passes of many rows, then token by token."""
     prompt = tiny_prompt({"vocab_size": packed.config.vocab_size}, length + tail)
-    oracle = CPUDecoder(packed, length + tail, progress=False)
+    oracle = CPUDecoder(packed, length + tail, kv_dtype=kv_dtype, progress=False)
     exact = CPUDecoder(packed, length + tail, precision="float64", progress=False)
     reference = exact.forward(prompt, 0, "all")
     own_error = error(oracle.forward(prompt, 0, "all"), reference)
-    decoder = gpu.GPUDecoder(packed, length + tail, chunks=False, progress=False)
+    decoder = gpu.GPUDecoder(packed, length + tail, kv_dtype=kv_dtype, chunks=False, progress=False)
     most = decoder.max_rows
     poison(decoder)
     logits = [decoder.forward(prompt[:length], 0, "all")]
@@ -124,19 +139,27 @@ def test_group_sizes(tmp_path: Path, dtype: str, group_size: int) -> None:
     check_model(pack(tmp_path, "qwen3", dtype, group_size), length=20)
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("shape", AWKWARD)
+def test_int8_keys_and_values(tmp_path: Path, shape: str, dtype: str) -> None:
+    check_model(pack(tmp_path, "qwen3", dtype, **AWKWARD[shape]), length=20, kv_dtype="int8")
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("family", ["llama3.1", "mistral"])
-def test_long_context(tmp_path: Path, family: str) -> None:
+def test_long_context(tmp_path: Path, family: str, kv_dtype: str) -> None:
     changes = {"max_position_embeddings": 4096, "sliding_window": 600 if family == "mistral" else None}
-    check_model(pack(tmp_path, family, "bf16", **changes), length=1100)
+    check_model(pack(tmp_path, family, "bf16", **changes), length=1100, kv_dtype=kv_dtype)
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("family", ["llama3.1", "mistral"])
-def test_deep_context(tmp_path: Path, family: str) -> None:
+def test_deep_context(tmp_path: Path, family: str, kv_dtype: str) -> None:
     """36 blocks of positions, or the 20 of a window: partial softmaxes merged in several runs."""
     changes = {"max_position_embeddings": 10_000, "sliding_window": 5000 if family == "mistral" else None}
     packed = pack(tmp_path, family, "bf16", **changes)
-    oracle = CPUDecoder(packed, 9300, progress=False)
-    decoder = gpu.GPUDecoder(packed, 9300, rows=(4,), progress=False)
+    oracle = CPUDecoder(packed, 9300, kv_dtype=kv_dtype, progress=False)
+    decoder = gpu.GPUDecoder(packed, 9300, rows=(4,), kv_dtype=kv_dtype, progress=False)
     poison(decoder)
     fill_cache(decoder, 9214)
     tokens = tiny_prompt({"vocab_size": packed.config.vocab_size}, 4)
@@ -163,8 +186,9 @@ def test_bundled_model(dtype: str) -> None:
     assert (found.argmax(axis=1) == expected.argmax(axis=1))[clear].all()
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_same_bits(tmp_path: Path, dtype: str) -> None:
+def test_same_bits(tmp_path: Path, dtype: str, kv_dtype: str) -> None:
     """However the rows are grouped, however many blocks there are, with either ring, and from run to run."""
     packed = pack(tmp_path, "qwen2", dtype)
     prompt = tiny_prompt({"vocab_size": packed.config.vocab_size}, 300)
@@ -177,9 +201,8 @@ def test_same_bits(tmp_path: Path, dtype: str) -> None:
         (1, (8,), 3, False),
         (70, (2,), 5, None),
     ]:
-        decoder = gpu.GPUDecoder(
-            packed, 300, blocks=blocks, rows=rows, bulk_copies=bulk_copies, progress=False
-        )
+        options = {"bulk_copies": bulk_copies, "kv_dtype": kv_dtype}
+        decoder = gpu.GPUDecoder(packed, 300, blocks=blocks, rows=rows, progress=False, **options)
         for _ in range(2):
             poison(decoder)
             parts = [decoder.forward(prompt[i : i + chunk], i, "all") for i in range(0, 300, chunk)]
@@ -403,13 +426,22 @@ def say(decoder: gpu.GPUDecoder, works: list[Work]) -> list[np.ndarray]:
     return [flat(found) for of_work in decoder.candidates() for found in of_work]
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama3.1", "bf16"), ("qwen2", "int8"), ("qwen3", "int4")])
-def test_rows_of_several_slots(tmp_path: Path, family: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype", "kv_dtype"),
+    [
+        ("llama3.1", "bf16", "bf16"),
+        ("qwen2", "int8", "bf16"),
+        ("qwen3", "int4", "bf16"),
+        ("qwen2", "bf16", "int8"),
+        ("qwen3", "int4", "int8"),
+    ],
+)
+def test_rows_of_several_slots(tmp_path: Path, family: str, dtype: str, kv_dtype: str) -> None:
     """The same bits as in passes of one slot, in another order and grid too; near the CPU path's."""
     packed = pack(tmp_path, family, dtype, max_position_embeddings=600)
     vocab = packed.config.vocab_size
     for options in ({}, {"blocks": 3}, {"bulk_copies": False}, {"rows": (8,), "test_pauses": True}):
-        decoder, works, texts = slots_filled(packed, **options)
+        decoder, works, texts = slots_filled(packed, kv_dtype=kv_dtype, **options)
         poison(decoder)
         alone = [row for work in works for row in say(decoder, [work])]
         poison(decoder)
@@ -420,7 +452,7 @@ def test_rows_of_several_slots(tmp_path: Path, family: str, dtype: str) -> None:
         decoder.close()
     found = np.stack([row[:vocab] for row in alone])
     exact = CPUDecoder(packed, 600, precision="float64", progress=False)
-    oracle = CPUDecoder(packed, 600, progress=False)
+    oracle = CPUDecoder(packed, 600, kv_dtype=kv_dtype, progress=False)
     expected, own = (
         np.concatenate(
             [path.forward(text, 0, "all")[-n:] for text, n in zip(texts, ROWS_OF_SLOTS, strict=True)]
@@ -488,9 +520,16 @@ CHUNKED: list[tuple[str, str, int, int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize(("family", "dtype", "group_size", "length", "changes"), CHUNKED)
 def test_chunks_give_the_same_bits(
-    tmp_path: Path, family: str, dtype: str, group_size: int, length: int, changes: dict[str, Any]
+    tmp_path: Path,
+    family: str,
+    dtype: str,
+    group_size: int,
+    length: int,
+    changes: dict[str, Any],
+    kv_dtype: str,
 ) -> None:
     """Logits, keys and values of a prompt: in passes, in chunks by mma.sync, by wgmma where there is that."""
     packed = pack(tmp_path, family, dtype, group_size, **({"max_position_embeddings": 1024} | changes))
@@ -498,7 +537,8 @@ def test_chunks_give_the_same_bits(
     wanted, cut = ("last" if length > 1000 else "all"), length // 3 + 1
     expected: list[np.ndarray] = []
     for options in ({"chunks": False}, {"wgmma": False}, {}):
-        decoder = gpu.GPUDecoder(packed, length, rows=(8,), num_slots=2, progress=False, **options)
+        common = {"rows": (8,), "num_slots": 2, "kv_dtype": kv_dtype, "progress": False}
+        decoder = gpu.GPUDecoder(packed, length, **common, **options)
         first = decoder.forward(tokens[:cut], 0, "all" if wanted == "all" else "none", 1)
         found = [first, decoder.forward(tokens[cut:], cut, wanted, 1), *decoder.read_cache(1, length)]
         decoder.close()
@@ -517,11 +557,12 @@ def test_chunk_times(tmp_path: Path) -> None:
     assert (times[1:].min(axis=1) >= times[:-1].max(axis=1)).all()
 
 
-def test_chunks_of_any_size_give_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_chunks_of_any_size_give_the_same_bits(tmp_path: Path, kv_dtype: str) -> None:
     """Rows of a prompt in chunks and passes of 1, 3, 16, 128 and 300, and what comes of the last one."""
     packed = pack(tmp_path, "qwen3", "int4", max_position_embeddings=1024)
     tokens = tiny_prompt({"vocab_size": packed.config.vocab_size}, 449)
-    decoder = gpu.GPUDecoder(packed, 449, progress=False)
+    decoder = gpu.GPUDecoder(packed, 449, kv_dtype=kv_dtype, progress=False)
     expected = decoder.forward(tokens, 0, "all")
     for sizes in ((448,), (300, 148), (1, 3, 16, 128, 300), (128, 16, 300, 3, 1)):
         found, at = [], 0
@@ -533,17 +574,18 @@ def test_chunks_of_any_size_give_the_same_bits(tmp_path: Path) -> None:
     decoder.close()
 
 
-def test_the_cache_of_a_slot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_the_cache_of_a_slot(tmp_path: Path, kv_dtype: str) -> None:
     """What a slot held goes on in another one; it is near what the CPU path holds."""
     packed = pack(tmp_path, "qwen3", "int8")
     tokens = tiny_prompt({"vocab_size": packed.config.vocab_size}, 41)
-    decoder = gpu.GPUDecoder(packed, 64, num_slots=3, progress=False)
+    decoder = gpu.GPUDecoder(packed, 64, num_slots=3, kv_dtype=kv_dtype, progress=False)
     decoder.forward(tokens[:40], 0, "none", 2)
     keys, values = decoder.read_cache(2, 40)
-    oracle = CPUDecoder(packed, 64, progress=False)
+    oracle = CPUDecoder(packed, 64, kv_dtype=kv_dtype, progress=False)
     oracle.forward(tokens[:40], 0, "none")
-    for found, expected in ((keys, oracle.key_cache), (values, oracle.value_cache)):
-        assert error(from_bf16(found), expected[:, 0, :, :40]) < 2e-2
+    for found, expected in zip((keys, values), oracle.read_cache(0, 40), strict=True):
+        assert error(values_of(found, kv_dtype), values_of(expected, kv_dtype)) < 2e-2
     decoder.write_cache(0, keys, values)
     assert all(map(np.array_equal, decoder.read_cache(0, 40), (keys, values)))
     last = [Work(slot, tokens[40:], 40, (query([5]),)) for slot in (2, 0, 1)]
@@ -552,12 +594,14 @@ def test_the_cache_of_a_slot(tmp_path: Path) -> None:
     decoder.close()
 
 
-def test_a_slot_that_is_not_finite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_slot_that_is_not_finite(tmp_path: Path, kv_dtype: str) -> None:
     """The other slots' rows say what they say without it."""
     packed = pack(tmp_path, "llama2", "bf16", max_position_embeddings=600)
-    decoder, works, _ = slots_filled(packed)
+    decoder, works, _ = slots_filled(packed, kv_dtype=kv_dtype)
     expected = say(decoder, works)
-    decoder.value_cache[:, 3, :, 20].fill(0x7FC0)
+    # The bits of a NaN, or all of an int8 vector's, its scale among them.
+    decoder.value_cache[:, 3, :, 20].fill(0x7FC0 if kv_dtype == "bf16" else 0xFF)
     decoder.begin(works)
     said = decoder.candidates()
     assert [found.finite for of_work in said for found in of_work] == [True] * 5 + [False] + [True] * 2
@@ -603,3 +647,14 @@ def test_memory_is_free_after_close(tmp_path: Path) -> None:
     assert pool.total_bytes() >= gpu.kv_cache_bytes(packed.config, 200_000)
     decoder.close()
     assert pool.total_bytes() == 0
+
+
+def test_llama_8b_with_32k_positions_takes_8_gib() -> None:
+    """By nvidia-smi, in a process of its own: weights in int4, int8 keys and values, CUDA's context."""
+    command = [sys.executable, str(ROOT / "tools" / "memory.py"), "llama-3.1-8b", "int4"]
+    command += ["--kv-dtype", "int8", "--positions", "32768"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    assert float(re.search(r"([\d.]+) GiB more used than before", done.stdout)[1]) <= 8

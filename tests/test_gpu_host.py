@@ -34,6 +34,8 @@ from ffmini.kernel import (
     chunk_scratch_bound,
 )
 from ffmini.launch import ChunkBuild, PassBuild
+from ffmini.layout import VectorLayout
+from ffmini.numerics import join_vectors, quantize_vectors
 from ffmini.passes import Work
 from ffmini.results import HostMemory
 
@@ -599,14 +601,14 @@ class HeldCache(np.ndarray):
 def test_the_cache_of_a_slot() -> None:
     """What is written is read, from its slot, and lies where the kernel looks for it."""
     decoder = HostSide()
-    decoder.config.num_kv_heads, decoder.config.head_dim = 3, 80
+    decoder.config.num_kv_heads, decoder._vector_layout = 3, VectorLayout(80, "bf16")
     shape = (2, SLOTS, 3, MAX_SEQ_LEN, 80)
     decoder.key_cache, decoder.value_cache = (np.zeros(shape, np.uint16).view(HeldCache) for _ in range(2))
     keys, values = np.random.default_rng(0).integers(0, 0x7F80, (2, 2, 3, 17, 80), np.uint16)
     decoder.write_cache(1, keys, values)
     for cache, vectors, rotation in ((decoder.key_cache, keys, 4), (decoder.value_cache, values, 1)):
         assert not cache[:, [0, 2]].any() and not cache[:, :, :, 17:].any()
-        for position, d in itertools.product(range(17), range(80)):  # rotated() of cuda/items.cuh
+        for position, d in itertools.product(range(17), range(80)):  # rotated() of cuda/vectors.cuh
             place = (d // 8 + rotation * position) % 10 * 8 + d % 8
             assert np.array_equal(cache[:, 1, :, position, place], vectors[:, :, position, d])
     for count in (0, 9, 17):
@@ -618,6 +620,24 @@ def test_the_cache_of_a_slot() -> None:
         decoder.read_cache(0, 41)
     with pytest.raises(ValueError, match=r"uint16 \[2, 3, n, 80\] expected, found float32"):
         decoder.write_cache(0, keys, values.astype(np.float32))
+
+
+def test_the_cache_of_a_slot_in_int8() -> None:
+    """Codes and scale lie where the kernel looks for them, the rest is padding."""
+    decoder = HostSide()
+    decoder.config.num_kv_heads, decoder._vector_layout = 3, VectorLayout(80, "int8")
+    shape = (2, SLOTS, 3, MAX_SEQ_LEN, 96)
+    decoder.key_cache, decoder.value_cache = (np.zeros(shape, np.uint8).view(HeldCache) for _ in range(2))
+    rows = np.random.default_rng(0).standard_normal((2, 2, 3, 17, 80), np.float32)
+    keys, values = (join_vectors(*quantize_vectors(x)) for x in rows)
+    decoder.write_cache(1, keys, values)
+    for cache, vectors in ((decoder.key_cache, keys), (decoder.value_cache, values)):
+        assert not cache[:, [0, 2]].any() and not cache[:, :, :, 17:].any() and not cache[..., 84:].any()
+        assert np.array_equal(cache[:, 1, :, :17, :84], vectors)
+    for found, expected in zip(decoder.read_cache(1, 9), (keys, values), strict=True):
+        assert found.dtype == np.uint8 and np.array_equal(found, expected[:, :, :9])
+    with pytest.raises(ValueError, match=r"uint8 \[2, 3, n, 84\] expected, found uint16 \[2, 3, 17, 84\]"):
+        decoder.write_cache(0, keys, values.astype(np.uint16))
 
 
 def test_the_numbers_run_out() -> None:

@@ -21,20 +21,28 @@ MAX_REGISTERS = {256: 255, 384: 168, 512: 128, 640: 96}  # of a thread, by the t
 MAX_SECONDS = 40  # two busy cores take twice what one takes alone
 
 
-def a_cover() -> list[tuple[str, str, str, str]]:
-    """Every architecture with a chunk and a pass; every format with every kind; wgmma with all formats."""
-    wgmma = [("sm_90", "llama-3.1-8b", dtype, "chunk") for dtype in ("bf16", "int4")]
-    return wgmma + [
-        (arch, NAMES[(i + j) % len(NAMES)], FORMATS[(i + j) % 3], kind)
+def a_cover() -> list[tuple[str, str, str, str, str]]:
+    """Every architecture with a chunk and a pass; every format with every kind; wgmma with all formats.
+
+    Every architecture with int8 keys and values, in a chunk or a pass.
+    """
+    wgmma = [("sm_90", "llama-3.1-8b", dtype, "chunk", "bf16") for dtype in ("bf16", "int4")]
+    plain = [
+        (arch, NAMES[(i + j) % len(NAMES)], FORMATS[(i + j) % 3], kind, "bf16")
         for i, arch in enumerate(DEVICES)
         for j, kind in enumerate(("chunk", ("one", "many")[i % 2]))
     ]
+    kinds = ("many", "chunk", "one")
+    int8 = [
+        (arch, "llama-3.1-8b", FORMATS[i % 2 * 2], kinds[i % 3], "int8") for i, arch in enumerate(DEVICES)
+    ]
+    return wgmma + plain + int8
 
 
-@pytest.mark.parametrize(("arch", "name", "dtype", "kind"), a_cover())
-def test_compiles_without_spills(arch: str, name: str, dtype: str, kind: str) -> None:
+@pytest.mark.parametrize(("arch", "name", "dtype", "kind", "kv_dtype"), a_cover())
+def test_compiles_without_spills(arch: str, name: str, dtype: str, kind: str, kv_dtype: str) -> None:
     config = load_config(bundled_model_path()) if name == "bundled" else parse_config(SHAPES[name], name)
-    found = report(arch, config, dtype, kind)
+    found = report(arch, config, dtype, kind, kv_dtype)
     assert found.spill_bytes == 0
     assert found.registers <= MAX_REGISTERS[found.threads]
     assert found.seconds <= MAX_SECONDS
@@ -60,9 +68,10 @@ def bundled_defines() -> dict[str, str]:
     )
 
 
-def test_a_missing_constant_is_an_error() -> None:
+@pytest.mark.parametrize("name", ["HEAD_DIM", "KV_BITS"])
+def test_a_missing_constant_is_an_error(name: str) -> None:
     defines = bundled_defines()
-    del defines["HEAD_DIM"]
+    del defines[name]
     with pytest.raises(DeviceError, match="a -D constant of the model is missing"):
         kernel.compile_cubin(defines, "sm_90")
 

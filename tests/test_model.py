@@ -77,6 +77,7 @@ class ScriptedDecoder:
     """Whatever the prompt, the next tokens are those of the script; then EOS for ever."""
 
     device = "cpu"
+    kv_dtype = "bf16"
     max_rows = 4
 
     def __init__(self, script, prompt_length=None, num_slots=1):
@@ -556,15 +557,16 @@ def test_the_gpu_decoder_gets_the_ordinal(checkpoint, monkeypatch):
     made = []
 
     class Decoder(ScriptedDecoder):
-        def __init__(self, packed, max_seq_len, ordinal, *, num_slots):
-            made.append((packed.format, max_seq_len, ordinal, num_slots))
+        def __init__(self, packed, max_seq_len, ordinal, *, num_slots, kv_dtype):
+            made.append((packed.format, max_seq_len, ordinal, num_slots, kv_dtype))
             super().__init__([], 2, num_slots)
 
     monkeypatch.setattr(gpu, "why_unusable", lambda ordinal=0: None)
     monkeypatch.setattr(gpu, "GPUDecoder", Decoder)
     for device in ("auto", "cuda", "cuda:2"):
-        assert load(checkpoint, device, "int8", 99, max_batch_size=5).max_batch_size == 5
-    assert made == [("int8", 99, 0, 5), ("int8", 99, 0, 5), ("int8", 99, 2, 5)]
+        model = load(checkpoint, device, "int4", 99, max_batch_size=5, kv_dtype="int8")
+        assert model.max_batch_size == 5
+    assert made == [("int4", 99, ordinal, 5, "int8") for ordinal in (0, 0, 2)]
 
 
 @pytest.mark.parametrize(
@@ -579,6 +581,7 @@ def test_the_gpu_decoder_gets_the_ordinal(checkpoint, monkeypatch):
         ({"max_batch_size": 0}, "max_batch_size must be an integer from 1 to 16, not 0"),
         ({"max_batch_size": 17}, "from 1 to 16, not 17"),
         ({"max_batch_size": True}, "from 1 to 16, not True"),
+        ({"kv_dtype": "int4"}, "kv_dtype must be one of bf16, int8, not 'int4'"),
     ],
 )
 def test_bad_arguments_of_load(checkpoint, arguments, message):

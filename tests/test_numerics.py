@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffmini.numerics import align, from_bf16, round_bf16, split_bytes, to_bf16
+from ffmini.numerics import (
+    align,
+    from_bf16,
+    join_vectors,
+    quantize_vectors,
+    round_bf16,
+    split_bytes,
+    split_vectors,
+    to_bf16,
+)
 
 LARGEST = float(from_bf16(np.array(0x7F7F, np.uint16)))
 
@@ -121,3 +130,38 @@ def test_bytes_are_those_of_every_integer() -> None:
 def test_bf16_of_nan_and_infinity() -> None:
     bits = to_bf16(np.array([np.inf, -np.inf, np.nan, LARGEST * 1.001, 3.4e38], np.float32))
     assert bits.tolist() == [0x7F80, 0xFF80, 0x7FC0, 0x7F7F, 0x7F80]
+
+
+# ---- keys and values as int8 ---------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-(2.0**120), 2.0**120, width=32), min_size=1, max_size=40))
+def test_quantized_vectors_are_near(values: list[float]) -> None:
+    """Off by half a step at most, and by a few roundings; the largest magnitude has code 127."""
+    x = np.array(values, np.float32)
+    codes, scale = quantize_vectors(x)
+    assert (codes.dtype, scale.dtype, codes.shape, scale.shape) == (np.int8, np.float32, x.shape, ())
+    step = float(scale)
+    assert (np.abs(codes * step - x.astype(np.float64)) <= 0.5001 * step).all()
+    if np.abs(x).max() >= 2.0**-118:
+        assert np.abs(codes).max() == 127 and step == pytest.approx(np.abs(x).max() / 127, rel=1e-6)
+
+
+def test_quantized_vectors_of_known_values() -> None:
+    """Ties to even; zeros and vectors too small for a scale become zeros, signs stay."""
+    x = np.zeros((4, 5), np.float32)
+    x[0] = [127, 0.5, 1.5, -2.5, -126.6]
+    x[2] = 2.0**-140
+    x[3] = [-(2.0**-118), 2.0**-119, 0, 0, 2.0**-118]
+    codes, scale = quantize_vectors(x)
+    assert codes.tolist() == [[127, 0, 2, -2, -127], [0] * 5, [0] * 5, [-127, 64, 0, 0, 127]]
+    assert scale[0] == 1 and (scale >= 2.0**-126).all()
+
+
+def test_vectors_in_one_array() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 24), np.float32)
+    codes, scale = quantize_vectors(x)
+    both = join_vectors(codes, scale)
+    assert (both.dtype, both.shape) == (np.uint8, (2, 3, 28))
+    for found, expected in zip(split_vectors(both[:, 1:]), (codes[:, 1:], scale[:, 1:]), strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -21,6 +21,7 @@ from comparison import (
     query,
     same_bits,
     share_cache,
+    values_of,
 )
 from sim.driver import SHARED_LIMIT, SimDecoder, SimError, sanitized_environment
 from sim_cases import (
@@ -43,13 +44,16 @@ from sim_passes import BULK, COPY, deep_logits, fill_cache
 from ffmini.cpu import CPUDecoder
 from ffmini.errors import GenerationError
 from ffmini.kernel import LISTED, MOST_LISTED
-from ffmini.layout import KEY_ROTATION, VALUE_ROTATION, in_order
-from ffmini.numerics import from_bf16
-from ffmini.packing import PackedModel
+from ffmini.layout import KEY_ROTATION, VALUE_ROTATION
+from ffmini.packing import PackedModel, vector_offsets
 from ffmini.passes import Work
 
 BUILDS = {f"{build.family}-{build.dtype}": build for build in COVER}
-SANITIZED = ("llama_biases-int4", "llama_biases-bf16")
+INT8_KV = (  # builds that run with int8 keys and values too: those of test_sim_chunk.py, and windows
+    *("llama_biases-bf16", "qwen2-bf16", "qwen3-int8", "llama2-int8", "llama3.1-int8", "llama3.1-int4"),
+    "mistral-bf16",
+)
+SANITIZED = ("llama_biases-int4-bf16", "llama_biases-bf16-bf16", "llama_biases-bf16-int8")
 SMALL = Case("llama2", "bf16", rows=8)
 
 
@@ -90,22 +94,27 @@ def check_deep_pass(decoder: SimDecoder, oracle: CPUDecoder, tokens: np.ndarray)
     x = check_stages(decoder.stages(), oracle, tokens, DEEP)
     assert error(logits, oracle.norm_lm_head(x)) <= BF16_TOLERANCE
     after = slice(DEEP, DEEP + len(tokens))
+    vectors, last = decoder.vectors, slice(after.stop - 1, after.stop)
     for found, kept, rotation in (
-        (decoder.key_cache, oracle.key_cache, KEY_ROTATION),
-        (decoder.value_cache, oracle.value_cache, VALUE_ROTATION),
+        (decoder.key_cache, oracle.read_cache(0, after.stop)[0], KEY_ROTATION),
+        (decoder.value_cache, oracle.read_cache(0, after.stop)[1], VALUE_ROTATION),
     ):
-        appended = in_order(found[:, 0, :, after], rotation, DEEP)
-        assert error(from_bf16(appended), kept[:, 0, :, after]) < 4e-3
-        assert (found[:, :, :, after.stop :] == 0xFFFF).all()
+        appended = values_of(vectors.to_plain(found[:, 0, :, after], rotation, DEEP), decoder.kv_dtype)
+        assert error(appended, values_of(kept[:, :, after], decoder.kv_dtype)) < 4e-3
+        unwritten = found[:, :, :, after.stop :], found[:, :, :, last, vectors.plain_size :]
+        assert all((part == np.iinfo(vectors.dtype).max).all() for part in unwritten)
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_matches_cpu(pack: Callable[[Case], PackedModel], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"), [*((n, "bf16") for n in BUILDS), *((n, "int8") for n in INT8_KV)]
+)
+def test_matches_cpu(pack: Callable[[Case], PackedModel], name: str, kv_dtype: str) -> None:
     """Both runs of a build of the cover."""
     build = BUILDS[name]
     packed = pack(build.case())
     rows, blocks = build.prompt
-    limit = LARGE_SHARED_LIMIT if build.widths == "wide" else SHARED_LIMIT
+    large = build.widths == "wide" or kv_dtype == "int8"  # the ring's places are larger
+    limit = LARGE_SHARED_LIMIT if large else SHARED_LIMIT
     decoder = SimDecoder(
         packed,
         MAX_SEQ_LEN,
@@ -114,8 +123,9 @@ def test_matches_cpu(pack: Callable[[Case], PackedModel], name: str) -> None:
         seed=1,
         shared_limit=limit,
         bulk_copies=list(BUILDS).index(name) % 2 == 0,
+        kv_dtype=kv_dtype,
     )
-    oracle = CPUDecoder(packed, MAX_SEQ_LEN, progress=False)
+    oracle = CPUDecoder(packed, MAX_SEQ_LEN, kv_dtype=kv_dtype, progress=False)
     check_prompt(packed, decoder, oracle)
     rows, decoder.blocks = build.deep
     check_deep_pass(decoder, oracle, case_tokens(packed, rows))
@@ -131,13 +141,17 @@ def test_ropes(pack: Callable[[Case], PackedModel], family: str) -> None:
     check_prompt(packed, decoder, CPUDecoder(packed, MAX_SEQ_LEN, progress=False))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
-def test_same_bits(pack: Callable[[Case], PackedModel], dtype: str) -> None:
+KINDS = [("bf16", "bf16"), ("int8", "bf16"), ("int4", "bf16"), ("bf16", "int8"), ("int4", "int8")]
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), KINDS)
+def test_same_bits(pack: Callable[[Case], PackedModel], dtype: str, kv_dtype: str) -> None:
     """However the rows are grouped, however many blocks there are, whatever the schedule is."""
     packed = pack(windowed(dtype))
     tokens = case_tokens(packed, 9)
-    many = SimDecoder(packed, MAX_SEQ_LEN, rows=8, blocks=1)
-    one = SimDecoder(packed, MAX_SEQ_LEN, rows=1, shared_limit=227 * 1024)  # a deeper ring
+    many = SimDecoder(packed, MAX_SEQ_LEN, rows=8, blocks=1, kv_dtype=kv_dtype)
+    deeper_ring = {"shared_limit": 227 * 1024, "kv_dtype": kv_dtype}
+    one = SimDecoder(packed, MAX_SEQ_LEN, rows=1, **deeper_ring)
     expected = deep_logits(many, tokens, 8)
     for decoder, chunk, blocks, seed in (
         (many, 8, 2, 0),
@@ -255,8 +269,8 @@ def mixed_works(packed: PackedModel, name: str) -> list[Work]:
 def fill_slots(decoder: SimDecoder, works: list[Work]) -> None:
     """Random K and V in the slots of `works` before their positions, NaN elsewhere."""
     for cache in (decoder.key_cache, decoder.value_cache):
-        filled = random_cache(cache.shape, MAX_SEQ_LEN)
-        cache[...] = 0xFFFF
+        filled = random_cache(cache.shape, MAX_SEQ_LEN, decoder.vectors)
+        cache.view(np.uint8)[...] = 0xFF
         for work in works:
             cache[:, work.slot, :, : work.start] = filled[:, work.slot, :, : work.start]
 
@@ -287,13 +301,16 @@ def test_slots_match_cpu(pack: Callable[[Case], PackedModel], case: Case, mixtur
         assert error(logits[rows], oracle.norm_lm_head(x)) <= BF16_TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(("dtype", "kv_dtype"), KINDS[:4])
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_rows_do_not_know_each_other(pack: Callable[[Case], PackedModel], dtype: str, mixture: str) -> None:
+def test_rows_do_not_know_each_other(
+    pack: Callable[[Case], PackedModel], dtype: str, kv_dtype: str, mixture: str
+) -> None:
     """A row says the same bits, and leaves the same K and V, as in a pass of its own; under any schedule."""
     packed = pack(windowed(dtype))
     works = mixed_works(packed, mixture)
-    one = SimDecoder(packed, MAX_SEQ_LEN, rows=1, num_slots=8, shared_limit=227 * 1024)
+    deeper_ring = {"shared_limit": 227 * 1024, "kv_dtype": kv_dtype}
+    one = SimDecoder(packed, MAX_SEQ_LEN, rows=1, num_slots=8, **deeper_ring)
     fill_slots(one, works)
     expected = [
         flat(one.ask([Work(work.slot, work.tokens[i : i + 1], work.start + i, (asked,))])[0][0])
@@ -301,7 +318,7 @@ def test_rows_do_not_know_each_other(pack: Callable[[Case], PackedModel], dtype:
         for i, asked in enumerate(work.queries)
     ]
     for bulk_copies in (True, False):
-        many = SimDecoder(packed, MAX_SEQ_LEN, num_slots=8, bulk_copies=bulk_copies)
+        many = SimDecoder(packed, MAX_SEQ_LEN, num_slots=8, bulk_copies=bulk_copies, kv_dtype=kv_dtype)
         for many.seed in (0, 5, 28, 56):
             fill_slots(many, works)
             found = [flat(said) for of_work in many.ask(works) for said in of_work]
@@ -314,21 +331,44 @@ def test_rows_do_not_know_each_other(pack: Callable[[Case], PackedModel], dtype:
         assert all(same_bits(row, all[: len(row)]) for row, all in zip(found, expected, strict=True))
 
 
-def test_a_row_that_is_not_finite(pack: Callable[[Case], PackedModel]) -> None:
+@pytest.mark.parametrize("where", ["a value", "an int8 key's scale", "an int8 value's scale"])
+def test_a_row_that_is_not_finite(pack: Callable[[Case], PackedModel], where: str) -> None:
     """The others say what they say without it."""
     packed = pack(windowed("int8"))
     works = mixed_works(packed, "eight")
-    decoder = SimDecoder(packed, MAX_SEQ_LEN, num_slots=8)
+    kv_dtype = "int8" if "int8" in where else "bf16"
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, num_slots=8, kv_dtype=kv_dtype)
     fill_slots(decoder, works)
     expected = [said for (said,) in decoder.ask(works)]
     fill_slots(decoder, works)
-    decoder.value_cache[:, 4, :, 590] = 0x7FC0
+    cache = decoder.key_cache if "key" in where else decoder.value_cache
+    if kv_dtype == "bf16":
+        cache[:, 4, :, 590] = 0x7FC0
+    else:
+        scale = slice(decoder.vectors.head_dim, decoder.vectors.plain_size)
+        cache[:, 4, :, 590, scale] = np.array([np.nan], "<f4").view(np.uint8)
     with pytest.raises(GenerationError, match="non-finite"):
         decoder.ask(works)
     for row, said in enumerate(expected):
         found = decoder.assemble(row, len(said.queried))
         assert said.finite and found.finite == (row != 4)
         assert row == 4 or same_bits(flat(found), flat(said))
+
+
+@pytest.mark.parametrize("vector", ["key", "value"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_int8_vectors_that_are_not_finite(
+    pack: Callable[[Case], PackedModel], vector: str, value: float
+) -> None:
+    """One element of every key or value that a pass makes itself: it is not lost among codes."""
+    packed = pack(Case("llama_biases", "int8"))
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, kv_dtype="int8")
+    config = packed.config
+    offset = vector_offsets(config)["qkv_bias"][0]
+    heads = config.num_heads + (config.num_kv_heads if vector == "value" else 0)
+    decoder._vectors[0, offset + heads * config.head_dim] = value
+    with pytest.raises(GenerationError, match="non-finite"):
+        decoder.forward(case_tokens(packed, 3), 0)
 
 
 def test_appended_to_every_list(pack: Callable[[Case], PackedModel]) -> None:
@@ -427,7 +467,7 @@ def test_sanitizers() -> None:
     command = [sys.executable, "-m", "pytest", "-q", *tests]
     result = subprocess.run(command, env=sanitized_environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-    assert "2 passed" in result.stdout
+    assert "3 passed" in result.stdout
 
 
 def test_missing_compiler(pack: Callable[[Case], PackedModel], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -119,7 +119,7 @@ class Both:
         wgmma: bool = False,
         cuda: Path | None = None,
         coverage: bool = False,
-        **options: int,
+        **options: Any,
     ) -> None:
         """`limit`: of the chunk's shared memory; `wgmma`: its build for sm_90; `options`: the pass's."""
         self.passes = SimDecoder(packed, max_seq_len, num_slots=2, **options)
@@ -138,9 +138,11 @@ class Both:
         """
         caches = self.passes.key_cache, self.passes.value_cache
         shape = caches[0][:, SLOT].shape
-        before = balanced_cache(shape, start) if balanced else (random_cache(shape, start),) * 2
+        before = (random_cache(shape, start, self.passes.vectors),) * 2
+        if balanced:
+            before = balanced_cache(shape, start)
         for cache, filled in zip(caches, before, strict=True):
-            cache[...] = 0xFFFF
+            cache.view(np.uint8)[...] = 0xFF
             cache[:, SLOT] = filled
         ends = list(itertools.accumulate(sizes))
         pieces = [
@@ -165,6 +167,7 @@ def both_of(
     limit: int | None = None,
     wgmma: bool = False,
     cuda: Path | None = None,
+    kv_dtype: str = "bf16",
 ) -> Both:
     """Those of BUILDS; `limit`: unless it is theirs."""
     index, build = next((i, b) for i, b in enumerate(COVER) if b[:2] == (family, dtype))
@@ -175,16 +178,19 @@ def both_of(
         cuda=cuda,
         rows=build.prompt[0],
         bulk_copies=index % 2 == 0,
+        kv_dtype=kv_dtype,
+        shared_limit=LARGE_SHARED_LIMIT if kv_dtype == "int8" else SHARED_LIMIT,
     )
 
 
 # ---- the numbers ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
 @pytest.mark.parametrize(("family", "dtype"), BUILDS)
-def test_same_bits_as_passes(pack: Pack, family: str, dtype: str) -> None:
+def test_same_bits_as_passes(pack: Pack, family: str, dtype: str, kv_dtype: str) -> None:
     """Rows that see no cached positions, and up to three blocks of them; fewer rows after more."""
-    both = both_of(pack, family, dtype)
+    both = both_of(pack, family, dtype, kv_dtype=kv_dtype)
     both.check(0, {(1, 28): [1, 17, 3]})
     both.check(247, {(3, 0): [11]})
     both.check(DEEP, {(2, 5): [5, 1]})
@@ -261,6 +267,10 @@ def attention_edit(old: str, new: str, within: str = "") -> Edit:
     return Edit("chunk_attention.cuh", old, new, within)
 
 
+def vector_edit(old: str, new: str, within: str = "") -> Edit:
+    return Edit("vectors.cuh", old, new, within)
+
+
 MUTATIONS: dict[str, Edit] = {
     # Meetings.
     "a meeting awaits one block less": chunk_edit("met", "met - 1", "load_acquire_32(args.arrived) < met"),
@@ -286,7 +296,7 @@ MUTATIONS: dict[str, Edit] = {
     # Rows.
     "another slot": chunk_edit("args.slot", "0", "num_slots + args.slot"),
     "rows from position 0 on": chunk_edit("args.start + row", "row", "position = args.start + row"),
-    "values as keys are rotated": chunk_edit("VALUE_ROTATION", "KEY_ROTATION"),
+    "values as keys are rotated": vector_edit("VALUE_ROTATION", "KEY_ROTATION", "position, VALUE_ROTATION)"),
     "planes of another row": chunk_edit("row % PANEL_ROWS * 32", "0"),
     "group sums of half a group": chunk_edit("offset < LANES", "offset < LANES / 2"),
     "a row's scale before it is there": chunk_edit(
@@ -295,13 +305,13 @@ MUTATIONS: dict[str, Edit] = {
     "a segment left out": chunk_edit("first + i < M::SEGMENTS", "first + i < M::SEGMENTS - 1"),
     "a vector left out": chunk_edit("ceil_div(units, BATCH)", "units / BATCH"),
     # Attention.
-    "keys as values are rotated": attention_edit("KEY_ROTATION", "VALUE_ROTATION", "own), KEY_ROTATION)"),
+    "keys as values are rotated": vector_edit("KEY_ROTATION", "VALUE_ROTATION", "turn, KEY_ROTATION)"),
     "a piece not waited for": attention_edit(
         "copy_async_wait<VECTOR_PLACES - 3>()", "copy_async_wait<VECTOR_PLACES - 2>()"
     ),
     "one piece more ahead": attention_edit("VECTOR_PLACES - 2", "VECTOR_PLACES - 1", "i < VECTOR_PLACES - 2"),
     "values in the place of keys": attention_edit("order_.is_value()", "true"),
-    "what nobody sees counts": attention_edit("2 * t < KV_RUN && position < end_ ? 0xffff : 0", "0xffff"),
+    "what nobody sees counts": attention_edit("2 * t < KV_RUN && position < end_", "true"),
     "another block's maximum": attention_edit("block", "0", "row_head * MAX_SPLITS + block"),
     "no window": attention_edit("position >= first_[set]", "true"),
     "rows see what comes after them": attention_edit("position <= last_[set]", "last_[set] >= 0"),
@@ -310,6 +320,18 @@ MUTATIONS: dict[str, Edit] = {
     "one run": attention_edit("(block + 1) % MERGE_RUN == 0", "false"),
     "a unit begins with the sums of the last": attention_edit(
         "merged_.sum[query][lane()] = 0.0f", "merged_.sum[query][lane()] += 0.0f"
+    ),
+}
+INT8_KV_MUTATIONS: dict[str, Edit] = {  # of int8 keys and values
+    "the largest of a lane for all": Edit("arithmetic.cuh", "warp_max(largest)", "largest"),
+    "a key without its scale": vector_edit("scale(key) * SCORE_SCALE", "SCORE_SCALE"),
+    "another key's scale": vector_edit("4 * column(c)", "column(c)"),
+    "one scale for two values": vector_edit("scales[1]", "scales[0]", "* scales[1]"),
+    "the first run's scales": attention_edit("(run * KV_RUN + own) * VECTOR_BYTES", "own * VECTOR_BYTES"),
+    "the first tile twice": vector_edit("loaded[tile]", "loaded[0]"),
+    "even codes twice": vector_edit("codes >> 8", "codes"),
+    "pairs of dimensions out of order": vector_edit(
+        "4 * (threadIdx.x % 4) + 2 * i", "2 * (threadIdx.x % 4) + 8 * i"
     ),
 }
 SOURCES = sources_of("chunk.cu")
@@ -340,7 +362,8 @@ FOUND: dict[str, list[Change]] = {
     ],
     **{f"no barrier {place}": [barrier_change(place, BARRIERS[place])] for place in SEEN},
 }
-MISTAKES = FOUND | LEAVING
+INT8_KV_FOUND = {f"int8: {name}": [change(SOURCES, edit)] for name, edit in INT8_KV_MUTATIONS.items()}
+MISTAKES = FOUND | LEAVING | INT8_KV_FOUND
 
 
 def wgmma_edit(old: str, new: str, within: str = "") -> Edit:
@@ -481,6 +504,13 @@ def mutable(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Mutable:
 
 
 @pytest.fixture(scope="module")
+def int8_mutable(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Mutable:
+    cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", SOURCES, MISTAKES)
+    options = {"limit": LARGE_SHARED_LIMIT, "kv_dtype": "int8", "cuda": cuda}
+    return Mutable(Both(pack(MANY_SPLITS), MANY_POSITIONS, **options), MISTAKES, [(FAR, [5], False)])
+
+
+@pytest.fixture(scope="module")
 def wgmma_builds(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> list[Mutable]:
     """Some of the builds as sm_90 has them, each with two panels of columns."""
     cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", WGMMA_SOURCES, WGMMA_MISTAKES)
@@ -507,6 +537,13 @@ def test_no_mutation_is_right(mutable: Mutable) -> None:
     assert mutable.leaves(None)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_int8_keys_and_values_with_wgmma(pack: Pack, dtype: str) -> None:
+    family = {"bf16": "llama_biases", "int8": "llama3.1"}[dtype]
+    both = both_of(pack, family, dtype, WGMMA_LIMIT, wgmma=True, kv_dtype="int8")
+    both.check(247, {(1, 29): [11], (3, 32): [2, 9]})
+
+
 def test_same_bits_with_wgmma(wgmma_builds: list[Mutable]) -> None:
     """The bits are those of passes; behind cached positions too, and in fewer rows after more or less."""
     for one in wgmma_builds:
@@ -520,6 +557,17 @@ def test_mutation_is_found(mutable: Mutable, name: str) -> None:
     """A mistake leaves something else, or an error, under one of a few seeds."""
     wrong = (mutable.is_wrong(name, seed) for seed in MUTATION_SEEDS)
     assert search(lambda: any(wrong)) != NOT_FOUND
+
+
+def test_int8_keys_and_values(int8_mutable: Mutable) -> None:
+    """Many splits; rows in chunks of any size."""
+    assert not any(int8_mutable.is_wrong(None, seed) for seed in MUTATION_SEEDS)
+    int8_mutable.both.check(FAR, {(3, 5): [7], (1, 0): [3, 4]})
+
+
+@pytest.mark.parametrize("name", INT8_KV_FOUND)
+def test_int8_mutation_is_found(int8_mutable: Mutable, name: str) -> None:
+    assert any(int8_mutable.is_wrong(name, seed) for seed in MUTATION_SEEDS)
 
 
 @pytest.mark.parametrize("name", WGMMA_MISTAKES)

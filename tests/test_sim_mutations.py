@@ -25,7 +25,7 @@ from sim.mutations import (
     vote_change,
 )
 from sim_cases import DEEP, LARGE_SHARED_LIMIT, MAX_SEQ_LEN, Case, case_tokens, make_packer
-from sim_passes import BULK, COPY, deep_logits, lost_hand_overs, lost_packets
+from sim_passes import BULK, COPY, INT8_KV_BUILD, deep_logits, lost_hand_overs, lost_packets
 
 from ffmini.errors import GenerationError
 from ffmini.packing import PackedModel
@@ -44,6 +44,7 @@ EXCHANGE = functools.partial(Edit, "exchange.cuh")
 CANDIDATES = functools.partial(Edit, "candidates.cuh")
 ITEMS = functools.partial(Edit, "items.cuh")
 ARITHMETIC = functools.partial(Edit, "arithmetic.cuh")
+VECTORS = functools.partial(Edit, "vectors.cuh")
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(i))"
 MISSING = "packet[i].w != tag"
@@ -259,6 +260,28 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         [Edit("matvec.cuh", "row * MAX_SEGMENTS + segment", "row * MAX_SEGMENTS")],
     ),
     "segments of a batch in one place": (BULK, [Edit("activations.cuh", "unit += WARPS", "unit += 0")]),
+    # Keys and values.
+    "keys as values are rotated": (BULK, [VECTORS("rotated(d, turn, KEY_ROTATION)", "rotated(d, turn, 1)")]),
+    "what the row does not see is not hidden": (BULK, [VECTORS("loaded[0] & seen", "loaded[0]")]),
+    "the largest of a lane for all": (INT8_KV_BUILD, [ARITHMETIC("warp_max(largest)", "largest")]),
+    "codes of another scale": (INT8_KV_BUILD, [ARITHMETIC("1.0f / 127", "1.0f / 128")]),
+    "a key without its scale": (INT8_KV_BUILD, [VECTORS("scale(key) * SCORE_SCALE", "SCORE_SCALE")]),
+    "one scale for two values": (INT8_KV_BUILD, [VECTORS("scales[1]", "scales[0]", "* scales[1]")]),
+    "another key's scale": (INT8_KV_BUILD, [VECTORS("4 * column(c)", "column(c)")]),
+    "weights of what the row does not see": (
+        INT8_KV_BUILD,
+        [VECTORS("pack_bf16x2(low, high) & seen", "pack_bf16x2(low, high)")],
+    ),
+    "codes without a sign": (INT8_KV_BUILD, [VECTORS("(bytes & 0x00800080) | 0xc300c300", "0xc300c300")]),
+    "even codes twice": (INT8_KV_BUILD, [VECTORS("codes >> 8", "codes")]),
+    "dimensions of bf16": (
+        INT8_KV_BUILD,
+        [VECTORS("threadIdx.x % 32 / 4 * 2 + half", "threadIdx.x % 32 / 4 + 8 * half")],
+    ),
+    "the scale not appended": (
+        INT8_KV_BUILD,
+        [Edit("attention.cuh", "i < VECTOR_DATA", "i < HEAD_DIM")],
+    ),
 }
 # The same where a wait gives up.
 LEAVING: dict[str, tuple[str, list[Edit]]] = {
@@ -326,8 +349,9 @@ class Mutable:
 
     def __init__(self, packed: PackedModel, cuda: Path, ring: str) -> None:
         self.tokens = case_tokens(packed, self.CASE.rows + 1)
-        options = {"rows": self.CASE.rows, "bulk_copies": ring == BULK, "shared_limit": self.SHARED_LIMIT}
-        options["num_slots"] = 2
+        options = {"rows": self.CASE.rows, "shared_limit": self.SHARED_LIMIT}
+        options |= {"num_slots": 2, "kv_dtype": "int8" if ring == INT8_KV_BUILD else "bf16"}
+        options["bulk_copies"] = ring != COPY
         self.decoder = SimDecoder(packed, MAX_SEQ_LEN, cuda=cuda, **options)
         exact = SimDecoder(packed, MAX_SEQ_LEN, **options)
         self.expected = {}
@@ -408,7 +432,7 @@ def mutable(
     return functools.cache(lambda ring: Mutable(pack(Mutable.CASE), cuda, ring))
 
 
-@pytest.mark.parametrize("ring", [BULK, COPY])
+@pytest.mark.parametrize("ring", [BULK, COPY, INT8_KV_BUILD])
 def test_no_mutation_is_right(mutable: Callable[[str], Mutable], ring: str) -> None:
     """In a child too, where mistakes are tried."""
     build = mutable(ring)
@@ -470,7 +494,7 @@ COVERED = {  # together these run every line; "parts": down_proj's input is held
         BULK,
         Case("qwen3", "int8", rows=4, changes={"intermediate_size": 1100}),
     ),
-    "windows": (COPY, Case("qwen2", "int4", rows=1)),
+    "windows, int8 keys and values": (COPY, Case("qwen2", "int4", rows=1, changes={"head_dim": 32})),
 }
 
 
@@ -515,6 +539,7 @@ def test_every_line_runs(pack: Callable[[Case], PackedModel]) -> None:
             blocks=case.blocks,
             bulk_copies=ring == BULK,
             part_segments=1 if "parts" in name else None,
+            kv_dtype="int8" if "int8 keys" in name else "bf16",
             num_slots=2,
             **options,
         )

@@ -13,6 +13,7 @@ from test_engine import plain
 from test_model import write_tokenizer
 from tiny import tiny_config, write_checkpoint
 
+from ffmini.checkpoint import SafetensorsFile
 from ffmini.config import parse_config
 from ffmini.convert import convert, pack_checkpoint
 from ffmini.errors import BusyError, CheckpointError
@@ -107,6 +108,31 @@ def test_other_weights_are_refused(checkpoint: Path, saved: Path, tmp_path: Path
         model.load_cache(saved)
 
 
+def test_another_kv_dtype_is_refused(checkpoint: Path, saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "int8"
+    with make_model(checkpoint, kv_dtype="int8") as model:
+        expected = model.generate([*PROMPT, 9], **OPTIONS)
+        model.generate(PROMPT, **OPTIONS)
+        model.save_cache(path)
+        with pytest.raises(CheckpointError, match=r"kv_dtype int8, found bf16$"):
+            model.load_cache(saved)
+    with make_model(checkpoint, kv_dtype="int8") as model:
+        assert model.load_cache(path) == 47
+        found = model.generate([*PROMPT, 9], **OPTIONS)
+        assert found.usage.cached_tokens == 40 and plain(found) == plain(expected)
+    with (
+        make_model(checkpoint) as model,
+        pytest.raises(CheckpointError, match=r"kv_dtype bf16, found int8$"),
+    ):
+        model.load_cache(path)
+    file = SafetensorsFile(path)
+    assert {name: info.dtype for name, info in file.tensors.items()} == {
+        "tokens": "I64",
+        "keys": "U8",
+        "values": "U8",
+    }
+
+
 def test_a_rope_that_depends_on_the_context(tmp_path: Path) -> None:
     directory, path = make_checkpoint(tmp_path / "model", "llama_dynamic"), tmp_path / "cache"
     with make_model(directory, max_seq_len=64) as model:
@@ -127,6 +153,7 @@ def test_damaged_files_are_refused(checkpoint: Path, saved: Path, tmp_path: Path
     path = tmp_path / "cache"
     with make_model(checkpoint) as model:
         origin = model._cache_origin()
+        origin_of = origin, "bf16"
 
         def refuses(message: str) -> None:
             with pytest.raises(CheckpointError, match=message) as caught:
@@ -137,18 +164,21 @@ def test_damaged_files_are_refused(checkpoint: Path, saved: Path, tmp_path: Path
         path.write_bytes(saved.read_bytes()[:-1])
         refuses("expected")
         save_file({"tokens": np.zeros(3, np.int64)}, path)
-        refuses("expected a cache of version 1, found none")
-        save_file({"tokens": np.zeros(3, np.int64)}, path, {"ffmini_snapshot": "1", "weights": origin})
+        refuses("expected a cache of version 2, found none")
+        metadata = {"ffmini_snapshot": "2", "weights": origin}
+        save_file({"tokens": np.zeros(3, np.int64)}, path, metadata)
+        refuses("expected a cache of kv_dtype bf16, found none")
+        save_file({"tokens": np.zeros(3, np.int64)}, path, metadata | {"kv_dtype": "bf16"})
         refuses("expected .*'keys'.*, found .*'tokens'")
-        write_snapshot(path, Snapshot(np.arange(3), bits, bits[:, :, :2]), origin)
+        write_snapshot(path, Snapshot(np.arange(3), bits, bits[:, :, :2]), *origin_of)
         refuses(r"values: expected BF16 \[2, 4, 3, 16\], found BF16 \[2, 4, 2, 16\]")
-        write_snapshot(path, Snapshot(np.array([1, 2, 260]), bits, bits), origin)
+        write_snapshot(path, Snapshot(np.array([1, 2, 260]), bits, bits), *origin_of)
         refuses("expected ids below 260")
-        write_snapshot(path, Snapshot(np.arange(3), bits, bits | 0x7F80), origin)
+        write_snapshot(path, Snapshot(np.arange(3), bits, bits | 0x7F80), *origin_of)
         refuses("finite numbers expected")
         assert model.generate([0, 1, 2, 3], max_new_tokens=1).usage.cached_tokens == 0
-        write_snapshot(path, Snapshot(np.arange(3), bits, bits), origin)
-        assert read_snapshot(path, origin, config, 3).tokens.tolist() == [0, 1, 2]
+        write_snapshot(path, Snapshot(np.arange(3), bits, bits), *origin_of)
+        assert read_snapshot(path, *origin_of, config, 3).tokens.tolist() == [0, 1, 2]
 
 
 def test_a_file_that_can_not_be_finished_leaves_the_old_one(
@@ -162,6 +192,6 @@ def test_a_file_that_can_not_be_finished_leaves_the_old_one(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
-        write_snapshot(path, Snapshot(np.arange(1), *[np.zeros((2, 4, 1, 16), np.uint16)] * 2), "x")
+        write_snapshot(path, Snapshot(np.arange(1), *[np.zeros((2, 4, 1, 16), np.uint16)] * 2), "x", "bf16")
     assert [entry.name for entry in tmp_path.iterdir()] == ["cache"]
     assert path.read_bytes() == saved.read_bytes()

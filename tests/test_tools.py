@@ -86,7 +86,14 @@ def test_sums_of_the_ring() -> None:
     assert expected_sums(words).tolist() == found
 
 
-@pytest.mark.parametrize("command", [("skeleton.py", "qwen3-0.6b", "int4"), ("ring_reports.py",)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("skeleton.py", "qwen3-0.6b", "int4"),
+        ("memory.py", "qwen3-0.6b", "int4"),
+        ("ring_reports.py",),
+    ],
+)
 def test_without_a_gpu_one_line_says_so(command: tuple[str, ...]) -> None:
     if why_unusable() is None:
         pytest.skip("there is a GPU")

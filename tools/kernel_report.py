@@ -1,4 +1,4 @@
-"""What a build of a kernel takes, per architecture, shape, format and kind; needs no GPU.
+"""What a build of a kernel takes, per architecture, shape, format, dtype of K and V and kind; needs no GPU.
 
 Registers, bytes of spills, bytes of shared memory, places in each ring, seconds to compile.
 
@@ -7,6 +7,7 @@ python tools/kernel_report.py
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 import time
@@ -25,6 +26,7 @@ from ffmini.kernel import (
     max_rows,
 )
 from ffmini.launch import PACKET_BYTES
+from ffmini.layout import KV_DTYPES
 from ffmini.packing import make_layouts
 from ffmini.shapes import SHAPES
 
@@ -56,11 +58,12 @@ class Report:
     scratch_bytes: int  # of global memory, but for what a pass has for each block
 
 
-def report(arch: str, config: ModelConfig, dtype: str, kind: str) -> Report:
+def report(arch: str, config: ModelConfig, dtype: str, kind: str, kv_dtype: str = "bf16") -> Report:
     """Compile one of KINDS and read the log."""
     limit, blocks = DEVICES[arch]
     layouts = make_layouts(config, dtype)
-    rows = max_rows(config, layouts, MAX_SEQ_LEN, limit, blocks) if kind == "many" else 1
+    most = max_rows(config, layouts, MAX_SEQ_LEN, limit, blocks, kv_dtype)
+    rows = most if kind == "many" else 1
     defines = kernel_defines(
         config,
         layouts,
@@ -69,6 +72,7 @@ def report(arch: str, config: ModelConfig, dtype: str, kind: str) -> Report:
         shared_limit=limit,
         blocks=blocks,
         bulk_copies=has_bulk_copies(arch),
+        kv_dtype=kv_dtype,
         wgmma=kind == "chunk" and has_wgmma(arch),
         in_flight=1,
     )
@@ -113,20 +117,17 @@ def read_spills(log: str) -> int:
 
 def main() -> None:
     print(
-        f"{'arch':8} {'shape':14} {'dtype':6} {'kind':5} {'registers':>9} {'spills':>7} {'shared':>8} "
-        f"{'ring':>5} {'seconds':>8}"
+        f"{'arch':8} {'shape':14} {'dtype':6} {'KV':5} {'kind':5} {'registers':>9} {'spills':>7} "
+        f"{'shared':>8} {'ring':>5} {'seconds':>8}"
     )
-    for arch in DEVICES:
-        for name, raw in SHAPES.items():
-            for dtype in ("bf16", "int8", "int4"):
-                for kind in KINDS:
-                    found = report(arch, parse_config(raw, name), dtype, kind)
-                    print(
-                        f"{arch:8} {name:14} {dtype:6} {kind:5} {found.registers:9} "
-                        f"{found.spill_bytes:7} {found.shared_bytes:8} {found.ring_slots:5} "
-                        f"{found.seconds:8.1f}",
-                        flush=True,
-                    )
+    builds = itertools.product(DEVICES, SHAPES, ("bf16", "int8", "int4"), KV_DTYPES, KINDS)
+    for arch, name, dtype, kv_dtype, kind in builds:
+        found = report(arch, parse_config(SHAPES[name], name), dtype, kind, kv_dtype)
+        print(
+            f"{arch:8} {name:14} {dtype:6} {kv_dtype:5} {kind:5} {found.registers:9} {found.spill_bytes:7} "
+            f"{found.shared_bytes:8} {found.ring_slots:5} {found.seconds:8.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -31,13 +31,14 @@ from sim_cases import (
 
 from ffmini.gpu import GPUDecoder
 from ffmini.launch import import_cupy
+from ffmini.layout import VectorLayout
 
 
 def run_case(case: Case, directory: Path) -> dict[str, Any]:
     """The arrays of one golden; `directory` takes the case's checkpoint."""
     packed = pack_case(directory, case)
     decoder = GPUDecoder(packed, MAX_SEQ_LEN, rows=(case.rows,), progress=False)
-    before = random_cache(decoder.key_cache.shape, case.start)
+    before = random_cache(decoder.key_cache.shape, case.start, VectorLayout(packed.config.head_dim, "bf16"))
     decoder.key_cache.set(before)
     decoder.value_cache.set(before)
     tokens = case_tokens(packed, case.rows)

@@ -38,7 +38,7 @@ from ffmini.kernel import (
     layer_bytes,
     mail,
 )
-from ffmini.layout import TILE_ROWS, ceil_div
+from ffmini.layout import TILE_ROWS, VectorLayout, ceil_div
 from ffmini.packing import LAYER_MATRICES, PackedModel, vectors_length
 from ffmini.passes import Work
 from ffmini.resources import resource_dir
@@ -313,6 +313,7 @@ class SimDecoder(SimKernel):
         *,
         rows: int = 8,
         num_slots: int = 1,
+        kv_dtype: str = "bf16",
         blocks: int = 3,
         seed: int = 0,
         shared_limit: int = SHARED_LIMIT,
@@ -326,7 +327,8 @@ class SimDecoder(SimKernel):
     ) -> None:
         """`part_segments`: of down_proj's input at a time; the rest as kernel_defines says."""
         self.config, self.max_seq_len, self.device = packed.config, max_seq_len, "sim"
-        self.rows, self.num_slots = rows, num_slots
+        self.rows, self.num_slots, self.kv_dtype = rows, num_slots, kv_dtype
+        self.vectors = VectorLayout(packed.config.head_dim, kv_dtype)
         self.lost_packet: int | None = None
         self._sent: np.ndarray | None = None
         defines = kernel_defines(
@@ -337,6 +339,7 @@ class SimDecoder(SimKernel):
             shared_limit=shared_limit,
             blocks=1,  # room for every tile in one block is room for any grid
             bulk_copies=bulk_copies,
+            kv_dtype=kv_dtype,
             in_flight=in_flight,
             test_pauses=test_pauses,
             stage_times=stage_times,
@@ -354,9 +357,10 @@ class SimDecoder(SimKernel):
         for i, layer in enumerate(packed.layers):
             self._layers[i] = np.concatenate([getattr(layer, name) for name in LAYER_MATRICES])
             self._vectors[i, : layer.vectors.size] = layer.vectors
-        shape = (config.num_layers, self.num_slots, config.num_kv_heads, self.max_seq_len, config.head_dim)
-        self.key_cache = guarded_array(shape, np.uint16)
-        self.value_cache = guarded_array(shape, np.uint16)
+        shape = (config.num_layers, self.num_slots, config.num_kv_heads, self.max_seq_len)
+        shape += (self.vectors.cached_size,)
+        self.key_cache = guarded_array(shape, self.vectors.dtype)
+        self.value_cache = guarded_array(shape, self.vectors.dtype)
         packets = int(self.build_info["exchange_packets"])
         packets += max(self.blocks, MAX_BLOCKS) * int(self.build_info["block_packets"])
         self.exchange = guarded_array((packets,), PACKET)

@@ -167,6 +167,11 @@ inline uint32_t pack_bf16x2(float low, float high) {
     return round(low) | round(high) << 16;
 }
 
+inline uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+    return pack_bf16x2(__uint_as_float(a << 16) + __uint_as_float(b << 16),
+                       __uint_as_float(a & 0xffff0000) + __uint_as_float(b & 0xffff0000));
+}
+
 inline float half_to_float(uint16_t bits) {
     const uint32_t sign = static_cast<uint32_t>(bits >> 15) << 31, exponent = bits >> 10 & 31;
     const uint32_t mantissa = bits & 1023;
