@@ -266,6 +266,12 @@ __device__ __forceinline__ void multiply(Chunk<FETCHES>& chunk, int layer, uint6
                                              chunk.args.num_rows, epilogue);
 }
 
+// A place in a panel, so that what follows from it is computed in the epilogue, not kept over the stages:
+// without wgmma registers are short.
+__device__ __forceinline__ int anew(int place) {
+    return WGMMA ? place : opaque(place);
+}
+
 // What the norm scales the rows of a warp's share by.
 struct RowScales {
     float of[OCTETS][2];  // [octet][which]
@@ -286,6 +292,7 @@ __device__ __forceinline__ void norm_qkv(Chunk<FETCHES>& chunk, int layer) {
     const float* bias = layer_vectors(chunk.args, layer) + QKV_BIAS_OFFSET;
     multiply<QkvProj>(
         chunk, layer, 0, chunk.hidden(), [&](const auto& share, int first_tile, int first_row, int) {
+            first_tile = anew(first_tile), first_row = anew(first_row);
             const RowScales scales(chunk.norm_scale(), first_row);
 #pragma unroll
             for (int tile = 0; tile < WARP_TILES; ++tile) {
@@ -375,7 +382,7 @@ __device__ __forceinline__ void attend(const Place& chunk, int layer) {
 // output there. Outputs behind HIDDEN_SIZE are zero, as the residual is there.
 class ResidualPart {
   public:
-    static constexpr int PART_OCTETS = min_of(OCTETS, WGMMA ? 8 : 2);  // registers are short
+    static constexpr int PART_OCTETS = min_of(OCTETS, WGMMA ? 8 : 8);
 
     // Asks for all that comes from memory, before any of it is written.
     __device__ ResidualPart(const Place& chunk, int k, int first_row, const float* bias, const float* norm)
@@ -446,6 +453,7 @@ __device__ __forceinline__ void multiply_into_residual(Chunk<FETCHES>& chunk, in
                                                        const uint8_t* input, const float* bias,
                                                        const float* norm) {
     multiply<M>(chunk, layer, offset, input, [&](const auto& share, int first_tile, int first_row, int part) {
+        first_tile = anew(first_tile), first_row = anew(first_row);
 #pragma unroll
         for (int tile = 0; tile < WARP_TILES; ++tile) {
             const int k = (first_tile + tile) * TILE_ROWS;
@@ -488,6 +496,7 @@ __device__ __forceinline__ void norm_gate_up(Chunk<FETCHES>& chunk, int layer) {
     const float* bias = layer_vectors(chunk.args, layer) + GATE_UP_BIAS_OFFSET;
     constexpr uint64_t OFFSET = QkvProj::BYTES + OProj::BYTES;
     const auto epilogue = [&](const auto& share, int first_tile, int first_row, int) {
+        first_tile = anew(first_tile), first_row = anew(first_row);
         if (first_tile >= GateUpProj::TILES) return;
         const RowScales scales(chunk.norm_scale(), first_row);
         float addend[WARP_TILES][2] = {};
