@@ -67,6 +67,7 @@ class Aligner {
     // The lanes' sums by groups of the scales.
     __device__ void write_group_sums(const Block& block, uint32_t (&sum)[BATCH]) {
         constexpr int LANES = M::GROUP / 8;
+        const int lane = opaque(block.lane());  // where it writes is computed here: registers are short
 #pragma unroll
         for (int offset = 1; offset < LANES; offset *= 2) {
 #pragma unroll
@@ -74,8 +75,8 @@ class Aligner {
         }
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            const int group = segment_[i] * (SEGMENT / M::GROUP) + block.lane() / LANES;
-            if (exists_[i] && block.lane() % LANES == 0 && group < ceil_div(M::HELD_K, M::GROUP)) {
+            const int group = segment_[i] * (SEGMENT / M::GROUP) + lane / LANES;
+            if (exists_[i] && lane % LANES == 0 && group < ceil_div(M::HELD_K, M::GROUP)) {
                 block.scales()->group_sum[row_[i] * MAX_GROUPS + group] =
                     static_cast<float>(static_cast<int>(sum[i]));
             }

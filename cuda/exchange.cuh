@@ -125,20 +125,26 @@ __device__ __forceinline__ void publish(uint4* packet, uint32_t x, uint32_t y, u
 
 constexpr int RECEIVE_BATCH = 8;  // packets that a thread asks for at once, at most
 
-// Asks for COUNT packets together, again and again until all of them are there: packets that wait for each
-// other's turn would cost a round trip each. at(i) is where one lies. False if one did not come.
+// Asks for COUNT packets together: packets that wait for each other's turn would cost a round trip each.
+// at(i) is where one lies. Whether all of them are there.
+template <int COUNT, class At>
+__device__ __forceinline__ bool ask_packets(uint32_t tag, At at, uint4 (&packet)[COUNT]) {
+    bool missing = false;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) packet[i] = load_relaxed_128(at(i));
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) missing |= packet[i].w != tag;
+    return !missing;
+}
+
+// The same again and again until they are; false if one did not come.
 template <int COUNT, class At>
 __device__ __forceinline__ bool await_packets(Patience& patience, uint32_t tag, At at,
                                               uint4 (&packet)[COUNT]) {
-    for (;;) {
-        bool missing = false;
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) packet[i] = load_relaxed_128(at(i));
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) missing |= packet[i].w != tag;
-        if (!missing) return true;
+    while (!ask_packets(tag, at, packet)) {
         if (!patience.more()) return false;
     }
+    return true;
 }
 
 // Hands the packets first, first + step, ... below `count` to take(index, packet), BATCH at a time; at(index)
@@ -147,15 +153,19 @@ template <int BATCH, class At, class Take>
 __device__ __forceinline__ bool receive_some(const PassArgs& args, int first, int step, int count,
                                              uint32_t tag, int where, At at, Take take) {
     Patience patience(args, where);
-    for (int begin = first; begin < count; begin += BATCH * step) {
+    for (int begin = first; begin < count;) {
         uint4 packet[BATCH];
         const auto place = [&](int i) { return at(min_of(begin + i * step, count - 1)); };
-        if (!await_packets(patience, tag, place, packet)) return false;
+        if (!ask_packets(tag, place, packet)) {  // a loop of its own would keep all places in registers
+            if (!patience.more()) return false;
+            continue;
+        }
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const int index = begin + i * step;
             if (index < count) take(index, packet[i]);
         }
+        begin += BATCH * step;
     }
     return true;
 }

@@ -103,13 +103,16 @@ __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets,
     if (await && !await_packet(block, packets + first, tag, where)) return false;
     uint16_t* activations = block.activations() + row * ACTIVATION_STRIDE;
     Patience patience(block.args, where);
-    for (int batch = first + block.lane(); batch < count; batch += P::BATCH * P::STEP) {
+    for (int batch = first + block.lane(); batch < count;) {
         uint4 packet[P::BATCH];
         const auto at = [&](int i) {
             const int index = batch + i * P::STEP;
             return packets + (P::WHOLE ? index : min_of(index, count - 1));
         };
-        if (!await_packets(patience, tag, at, packet)) return false;
+        if (!ask_packets(tag, at, packet)) {
+            if (!patience.more()) return false;
+            continue;
+        }
 #pragma unroll
         for (int i = 0; i < P::BATCH; ++i) {
             if (!P::WHOLE && batch + i * P::STEP >= count) break;
@@ -125,6 +128,7 @@ __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets,
             }
             if (in_run + 1 == Runs::PACKETS) rest(row, run + later, packet[i]);
         }
+        batch += P::BATCH * P::STEP;
     }
     return true;
 }
