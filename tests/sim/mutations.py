@@ -22,10 +22,10 @@ class Edit(NamedTuple):
 Change = tuple[str, int, int, str]  # file, start, end, what to put there
 Sources = dict[str, str]  # file of cuda/ -> its text
 
-# A barrier, alone or with a vote.
+# A barrier, alone or with a vote, or where some of a barrier's threads pass.
 BARRIER = re.compile(
-    r"__sync(?:threads|warp)\(\)|\bsync_threads<\w+>\(\)|\bsync_threads_or<(?P<threads>[\w +]+)>"
-    r"\((?P<vote>[^()]*)\)"
+    r"__sync(?:threads|warp)\(\)|\bsync_threads<\w+>\(\)|\b(?:meet|pass)_threads<[\w /]+>\([^()]*\)"
+    r"|\bsync_threads_or<(?P<threads>[\w +]+)>\((?P<vote>[^()]*)\)"
 )
 
 
@@ -52,7 +52,7 @@ def find_barriers(sources: Sources) -> dict[str, re.Match[str]]:
 def count_barriers(sources: Sources) -> int:
     """How many there are, in whatever way they are written."""
     code = "\n".join(re.sub("//.*", "", text) for text in sources.values())
-    return len(re.findall(r"__sync|\bsync_threads", code))
+    return len(re.findall(r"__sync|\b(?:sync|meet|pass)_threads", code))
 
 
 def place_after(sources: Sources, name: str, text: str) -> str:
