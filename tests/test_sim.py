@@ -22,7 +22,7 @@ from comparison import (
     same_bits,
     share_cache,
 )
-from sim.driver import SHARED_LIMIT, SimChunk, SimDecoder, SimError, sanitized_environment
+from sim.driver import SimChunk, SimDecoder, SimError, sanitized_environment
 from sim_cases import (
     COVER,
     DEEP,
@@ -107,14 +107,13 @@ def test_matches_cpu(pack: Callable[[Case], PackedModel], name: str) -> None:
     build = BUILDS[name]
     packed = pack(build.case())
     rows, blocks = build.prompt
-    limit = LARGE_SHARED_LIMIT if build.widths == "wide" else SHARED_LIMIT
     decoder = SimDecoder(
         packed,
         MAX_SEQ_LEN,
         rows=rows,
         blocks=blocks,
         seed=1,
-        shared_limit=limit,
+        shared_limit=build.shared_limit,
         bulk_copies=list(BUILDS).index(name) % 2 == 0,
     )
     oracle = CPUDecoder(packed, MAX_SEQ_LEN, progress=False)

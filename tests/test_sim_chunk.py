@@ -181,6 +181,7 @@ def both_of(
         wgmma=wgmma,
         cuda=cuda,
         rows=build.prompt[0],
+        shared_limit=build.shared_limit,
         bulk_copies=index % 2 == 0,
     )
 
