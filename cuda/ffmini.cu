@@ -282,7 +282,6 @@ __device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>
                                valid);
             });
         } while (products.next_part(block));
-        sync_threads<THREADS>();  // what receive() left is there for all
         return add_parts<M>(block, update, partial, tag, where);
     }
 }

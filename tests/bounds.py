@@ -26,7 +26,8 @@ SLACK = 1.01  # the operands here may be a bf16 rounding away from the kernel's
 def product_bound(x: np.ndarray, packed: np.ndarray, layout: MatrixLayout) -> np.ndarray:
     """The largest difference [R, rows] between two devices' W x + bias for activations x [R, cols].
 
-    Integers are multiplied exactly; what follows is IEEE arithmetic in the same order on both sides.
+    Integers are multiplied exactly; what follows is IEEE arithmetic in the same order on both sides. Of a
+    matrix that adds to the residual stream it is the difference of all parts' sums together.
     """
     bound = np.zeros((len(x), layout.rows))
     if layout.format != "bf16":
@@ -79,19 +80,19 @@ def check_sent(found: list[Stage], fed: list[Stage], packed: PackedModel) -> Non
     residual_bound = np.zeros_like(fed[0]["hidden"])
     for layer in range(packed.config.num_layers):
         sent, given, after = found[layer], fed[layer], fed[layer + 1]
-        weights, layouts = packed.layers[layer], packed.layouts
-        bound = normed_product_bound(given, "hidden", weights.qkv_proj, layouts["qkv_proj"], packed)
+        matrix, layout = packed.layers[layer].qkv_proj, packed.layouts["qkv_proj"]
+        bound = normed_product_bound(given, "hidden", matrix, layout, packed)
         bias = _vector(packed, layer, "qkv_bias")  # comes after the scale of the norm
         before = np.abs(given["qkv"]) + (0 if bias is None else np.abs(bias))
         _check_floats(sent["qkv"], given["qkv"], bound + 4 * UNIT * before)
         assert error(sent["attention"], given["attention"]) <= FLIP, f"layer {layer}: attention"
         norm = _vector(packed, layer, "post_attention_layernorm")
-        residual_bound += product_bound(given["attention"], weights.o_proj, layouts["o_proj"])
+        residual_bound += _added_bound(given["mid_hidden"] / norm, given["attention"], packed, layer, "o")
         _check_residual(sent, given, "mid_hidden", norm, residual_bound)
         _check_activation(sent["activation"], given, packed, layer)
         last = layer + 1 == packed.config.num_layers
         norm = packed.norm if last else _vector(packed, layer + 1, "input_layernorm")
-        residual_bound += product_bound(given["activation"], weights.down_proj, layouts["down_proj"])
+        residual_bound += _added_bound(after["hidden"] / norm, given["activation"], packed, layer, "down")
         _check_residual(found[layer + 1], after, "hidden", norm, residual_bound)
 
 
@@ -119,6 +120,21 @@ def _vector(packed: PackedModel, layer: int, name: str) -> np.ndarray | None:
     return packed.layers[layer].vectors[offset : offset + length] if length else None
 
 
+def _added_bound(after: np.ndarray, x: np.ndarray, packed: PackedModel, layer: int, name: str) -> np.ndarray:
+    """How far o_proj or down_proj (`name`: "o", "down") takes two residual streams [R, hidden_size] apart.
+
+    A bias and then the parts of W x are added to the stream one after the other: each addition rounds once on
+    either side. `after`: the stream behind the last one, to within a bf16 rounding.
+    """
+    matrix, layout = getattr(packed.layers[layer], f"{name}_proj"), packed.layouts[f"{name}_proj"]
+    w, stream = unpack_matrix(matrix, layout).astype(np.float64), after
+    bound, in_part = product_bound(x, matrix, layout), layout.part_segments * SEGMENT
+    for begin in reversed(range(0, layout.cols, in_part)):
+        bound += 2 * UNIT * np.abs(stream)
+        stream = stream - x[:, begin : begin + in_part] @ w[:, begin : begin + in_part].T
+    return bound if _vector(packed, layer, f"{name}_bias") is None else bound + 2 * UNIT * np.abs(stream)
+
+
 def _check_floats(found: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> None:
     worst = (np.abs(found.astype(np.float64) - expected) / bound).max()
     assert worst <= 1, f"{worst:.3g} times the bound"
@@ -135,9 +151,8 @@ def _check_rounded(found: np.ndarray, expected: np.ndarray, bound: np.ndarray) -
 def _check_residual(
     found: Stage, given: Stage, name: str, norm: np.ndarray, residual_bound: np.ndarray
 ) -> None:
-    """The stream times `norm`, and its tiles' squares. The addition before rounds: residual_bound grows."""
+    """The stream times `norm`, and its tiles' squares."""
     x = given[name] / norm  # to within a bf16 rounding
-    residual_bound += 2 * UNIT * np.abs(x)
     _check_rounded(found[name], given[name], (residual_bound + UNIT * np.abs(x)) * np.abs(norm))
     tiles = -(-x.shape[1] // TILE_ROWS)
     slopes = np.zeros((len(x), tiles * TILE_ROWS))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from sim.driver import SHARED_LIMIT
 from tiny import FAMILIES, tiny_config, tiny_prompt, write_checkpoint
 
 from ffmini.convert import pack_checkpoint
@@ -18,7 +19,7 @@ from ffmini.numerics import join_vectors, quantize_vectors, to_bf16
 from ffmini.packing import LAYER_MATRICES, PackedModel
 
 MAX_SEQ_LEN = 600
-LARGE_SHARED_LIMIT = 163 * 1024  # of sm_80 and sm_87: 8 rows of the wide builds do not fit the smallest GPUs
+LARGE_SHARED_LIMIT = 163 * 1024  # of sm_80 and sm_87
 DEEP = 508  # a pass from here on has three blocks of positions, and rows in two of them
 
 
@@ -71,6 +72,12 @@ class Cover(NamedTuple):
     widths: str
     prompt: tuple[int, int]
     deep: tuple[int, int]
+
+    @property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory: those of the smallest GPUs, if eight rows fit."""
+        eight_wide_heads = self.prompt[0] == 8 and self.heads == "head_dim_128"
+        return LARGE_SHARED_LIMIT if self.widths == "wide" or eight_wide_heads else SHARED_LIMIT
 
     def case(self) -> Case:
         changes = WIDTHS[self.widths] | HEADS[self.heads]

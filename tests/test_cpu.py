@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, write_checkpoint
 
 import ffmini.cpu
+import ffmini.layout
 from ffmini.bench import random_model
 from ffmini.candidates import Query, summarise
 from ffmini.config import parse_config
@@ -192,11 +193,16 @@ def uneven_rows(count: int, columns: int, seed: int) -> np.ndarray:
     return round_bf16(x.astype(np.float32))
 
 
-def product_in_integers(x: np.ndarray, w: Quantized, group_size: int) -> np.ndarray:
-    """What README's section Numbers says, group by group: int64 sums, float32 operations from there on."""
+def product_in_integers(
+    x: np.ndarray, w: Quantized, group_size: int, segments: range | None = None
+) -> np.ndarray:
+    """What README's section Numbers says, group by group: int64 sums, float32 operations from there on.
+
+    Of all segments or those given.
+    """
     q, power = align(x, SEGMENT)
     total = np.zeros((len(x), len(w.codes)), np.float32)
-    for segment in range(power.shape[1]):
+    for segment in segments or range(power.shape[1]):
         part = np.zeros_like(total)
         end = min((segment + 1) * SEGMENT, x.shape[1])
         for at in range(segment * SEGMENT, end, group_size):
@@ -226,6 +232,52 @@ def test_products_are_those_of_integers(
     found = load_matrix(pack_quantized(codes, layout), layout, "bf16").product(x, 0)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, product_in_integers(x, codes, layout.group_size))
+
+
+PARTS = {(300, 1): (1, 2), (1400, 1): (1, 6), (1400, 2): (2, 3), (1400, 4): (3, 2), (1400, 16): (6, 1)}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: f"{kind[0]}-g{kind[1]}")
+@pytest.mark.parametrize(("cols", "most"), PARTS)
+def test_parts_of_integers_are_added_one_by_one(
+    kind: tuple[str, int], cols: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ffmini.layout, "PART_SEGMENTS", dict.fromkeys(FORMATS, most))
+    monkeypatch.setattr(ffmini.cpu, "PRODUCT_ROWS", 10)
+    in_part, count = PARTS[cols, most]
+    layout = MatrixLayout("w", 23, cols, *kind)
+    codes, x = random_codes(layout, 8), uneven_rows(5, cols, 9)
+    before = np.random.default_rng(10).standard_normal((5, 23), np.float32)
+    expected, kept = before, before.copy()
+    for first in range(0, layout.segments, in_part):
+        segments = range(first, min(first + in_part, layout.segments))
+        expected, count = expected + product_in_integers(x, codes, layout.group_size, segments), count - 1
+    assert count == 0
+    matrix = load_matrix(pack_quantized(codes, layout), layout, "bf16")
+    np.testing.assert_array_equal(matrix.add_product(before, x, 3), expected)
+    np.testing.assert_array_equal(before, kept)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float64"])
+@pytest.mark.parametrize(("cols", "most"), PARTS)
+def test_parts_are_added_one_by_one(
+    precision: str, cols: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ffmini.layout, "PART_SEGMENTS", dict.fromkeys(FORMATS, most))
+    in_part, count = PARTS[cols, most]
+    layout = MatrixLayout("w", 23, cols, "bf16")
+    weights = np.random.default_rng(7).standard_normal((23, cols), np.float32)
+    matrix = load_matrix(pack_matrix(weights, layout), layout, precision)
+    w = matrix.rows(np.arange(23))
+    x = round_bf16(random_rows(8, cols)).astype(w.dtype)
+    before = expected = random_rows(9, 23).astype(w.dtype)
+    for k in range(0, cols, in_part * SEGMENT):
+        columns = slice(k, k + in_part * SEGMENT)
+        expected, count = expected + multiply(x[:, columns], w[:, columns], 3), count - 1
+    assert count == 0
+    found = matrix.add_product(before, x, 3)
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == w.dtype and relative_error(found, before + x.astype(np.float64) @ w.T) < 1e-6
 
 
 @pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: f"{kind[0]}-g{kind[1]}")

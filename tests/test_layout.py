@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+import ffmini.layout
 from ffmini.layout import FORMATS, LINE_K, LINES_PER_SLOT, SEGMENT, TILE_ROWS, MatrixLayout, ceil_div
 
 LAYOUTS = [
@@ -59,3 +60,20 @@ def test_full_slot_sizes() -> None:
     assert [MatrixLayout("w", 16, 256, f, 128).slot_k for f in FORMATS] == [64, 128, 256]
     assert [MatrixLayout("w", 16, 256, f, 128).slot_bytes for f in FORMATS] == [2048, 2080, 2176]
     assert LINES_PER_SLOT * 512 == 2048
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 16])
+def test_parts(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """As few parts as can be, of whole segments; all but the last have the same size, and none is empty."""
+    monkeypatch.setattr(ffmini.layout, "PART_SEGMENTS", dict.fromkeys(FORMATS, most))
+    for segments in range(1, 130):
+        layout = MatrixLayout("w", 16, segments * SEGMENT - 200, "int8")
+        in_part, parts = layout.part_segments, ceil_div(segments, layout.part_segments)
+        assert layout.segments == segments and 1 <= in_part <= most
+        assert parts == ceil_div(segments, most) and (parts - 1) * in_part < segments
+
+
+def test_parts_of_known_widths() -> None:
+    """In the order of sums that all builds share: a part has 4,096 inputs at most."""
+    widths = {64: 1, 4096: 16, 4097: 9, 8192: 16, 11008: 15, 14336: 14, 28672: 16}
+    assert {k: MatrixLayout("w", 16, k, "bf16").part_segments for k in widths} == widths

@@ -23,7 +23,7 @@ from comparison import (
     share_cache,
     values_of,
 )
-from sim.driver import SHARED_LIMIT, SimDecoder, SimError, sanitized_environment
+from sim.driver import SimChunk, SimDecoder, SimError, sanitized_environment
 from sim_cases import (
     COVER,
     DEEP,
@@ -41,10 +41,12 @@ from sim_cases import (
 )
 from sim_passes import BULK, COPY, deep_logits, fill_cache
 
-from ffmini.cpu import CPUDecoder
+import ffmini.kernel
+import ffmini.layout
+from ffmini.cpu import CPUDecoder, QuantizedMatrix
 from ffmini.errors import GenerationError
 from ffmini.kernel import LISTED, MOST_LISTED
-from ffmini.layout import KEY_ROTATION, VALUE_ROTATION
+from ffmini.layout import FORMATS, KEY_ROTATION, TILE_ROWS, VALUE_ROTATION
 from ffmini.packing import PackedModel, vector_offsets
 from ffmini.passes import Work
 
@@ -113,8 +115,8 @@ def test_matches_cpu(pack: Callable[[Case], PackedModel], name: str, kv_dtype: s
     build = BUILDS[name]
     packed = pack(build.case())
     rows, blocks = build.prompt
-    large = build.widths == "wide" or kv_dtype == "int8"  # the ring's places are larger
-    limit = LARGE_SHARED_LIMIT if large else SHARED_LIMIT
+    large = kv_dtype == "int8"  # the ring's places are larger
+    limit = LARGE_SHARED_LIMIT if large else build.shared_limit
     decoder = SimDecoder(
         packed,
         MAX_SEQ_LEN,
@@ -163,19 +165,86 @@ def test_same_bits(pack: Callable[[Case], PackedModel], dtype: str, kv_dtype: st
         assert same_bits(deep_logits(decoder, tokens, chunk), expected), (chunk, blocks, seed)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
-def test_input_in_parts(pack: Callable[[Case], PackedModel], dtype: str) -> None:
-    """down_proj's input of five and a half segments, held two or four at a time: the same bits as whole."""
-    packed = pack(Case("llama_biases", dtype, 64, changes={"intermediate_size": 1400}))
-    tokens = case_tokens(packed, 9)
-    expected = deep_logits(SimDecoder(packed, MAX_SEQ_LEN, rows=8, blocks=1), tokens, 8)
-    for part_segments, ring in ((2, BULK), (4, COPY)):
-        decoder = SimDecoder(
-            packed, MAX_SEQ_LEN, rows=8, part_segments=part_segments, bulk_copies=ring == BULK
-        )
-        for decoder.blocks, decoder.seed, chunk in ((1, 3, 8), (3, 28, 8), (7, 5, 3)):
-            found = deep_logits(decoder, tokens, chunk)
-            assert same_bits(found, expected), (part_segments, decoder.blocks)
+def fused_segment_product(
+    self: QuantizedMatrix, split: np.ndarray, sums: np.ndarray, groups: slice, rows: slice
+) -> np.ndarray:
+    """As QuantizedMatrix has it, but rounded as the kernel's fused operations are."""
+    high, low = np.split(split @ self._codes[groups, rows].swapaxes(-1, -2), 2, axis=1)
+    product = (256 * high + low).astype(np.float64)
+    if self._zero is not None:
+        zeros = self._zero[groups, None, rows].astype(np.float64)
+        product = (product - zeros * sums[:, :, None]).astype(np.float32)
+    total = np.zeros_like(high[0])
+    for group, scale in zip(product, self._scale[groups, None, rows].astype(np.float64), strict=True):
+        total = (total + group * scale).astype(np.float32)
+    return total
+
+
+def tile_squares(x: np.ndarray) -> np.ndarray:
+    """The sums of squares [R, tiles] of a residual stream [R, tiles * 16], added as lanes add them."""
+    squares = np.square(x).reshape(len(x), -1, TILE_ROWS)
+    while squares.shape[2] > 1:
+        squares = np.add(*np.split(squares, 2, axis=2))
+    return squares[:, :, 0]
+
+
+def check_residual_bits(decoder: SimDecoder, oracle: CPUDecoder, tokens: np.ndarray) -> None:
+    """The last pass's residual stream is the oracle's to the bit, from what its blocks have sent."""
+    sent, x = decoder.stages(), oracle.embed(tokens)
+    for layer in range(decoder.config.num_layers):
+        x = oracle.o_proj(layer, sent[layer]["attention"], x)
+        assert same_bits(tile_squares(x), sent[layer]["mid_hidden_squares"]), f"layer {layer}, o_proj"
+        x = oracle.down_proj(layer, sent[layer]["activation"], x)
+        assert same_bits(tile_squares(x), sent[layer + 1]["hidden_squares"]), f"layer {layer}, down_proj"
+
+
+# Of down_proj's input of five and a half segments and o_proj's of two and a half, whose parts end within
+# heads: six parts and three, three and two, two and one.
+IN_PARTS = {"intermediate_size": 1400, "head_dim": 80, "num_attention_heads": 8}
+DTYPES = ("bf16", "int8", "int4")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part_segments", [1, 2, 4])
+def test_input_in_parts(
+    pack: Callable[[Case], PackedModel], monkeypatch: pytest.MonkeyPatch, dtype: str, part_segments: int
+) -> None:
+    """The same bits by a row whose blocks hold all of an input, by rows whose blocks share it out, by chunks.
+
+    Of integers the residual stream has the CPU path's.
+    """
+    monkeypatch.setattr(ffmini.layout, "PART_SEGMENTS", dict.fromkeys(FORMATS, part_segments))
+    monkeypatch.setattr(ffmini.kernel, "PART_SEGMENTS", dict.fromkeys(FORMATS, part_segments))
+    packed = pack(Case("llama_biases", dtype, 64, changes=IN_PARTS))
+    tokens, turn = case_tokens(packed, 9), DTYPES.index(dtype) + part_segments // 2
+    oracle = CPUDecoder(packed, MAX_SEQ_LEN, progress=False)
+    one = SimDecoder(packed, MAX_SEQ_LEN, rows=1, blocks=2, shared_limit=227 * 1024)
+    many, few = (
+        SimDecoder(packed, MAX_SEQ_LEN, rows=rows, bulk_copies=bulk, shared_limit=LARGE_SHARED_LIMIT)
+        for rows, bulk in ((8, turn % 2 == 0), (2 + turn % 2 * 2, turn % 2 == 1))
+    )
+    splits = [int(decoder.defines["SPLIT_PARTS"]) for decoder in (one, few, many)]
+    assert splits == [0, 1, 1] and many.defines["PART_SEGMENTS"] == str(part_segments)
+    check_deep_pass(many, oracle, tokens[:8])
+    if dtype != "bf16":
+        monkeypatch.setattr(QuantizedMatrix, "_segment_product", fused_segment_product)
+        check_residual_bits(many, CPUDecoder(packed, MAX_SEQ_LEN, progress=False), tokens[:8])
+    expected = deep_logits(one, tokens, 1)
+    runs = [(many, blocks, seed, 8) for blocks, seed in ((1, 0), (2, 3), (3, 28), (7, 56))]
+    runs += [
+        (many, 5, 7, 3),
+        (few, 1, 2, 4),
+        (few, 3, 6, 4),
+        (few, 7, 13, 4),
+        (one, 1, 6, 1),
+        (one, 7, 28, 1),
+    ]
+    for decoder, decoder.blocks, decoder.seed, rows in runs:
+        assert same_bits(deep_logits(decoder, tokens, rows), expected), (decoder.rows, decoder.blocks, rows)
+    chunk = SimChunk(many, wgmma=turn % 2 == 0, shared_limit=227 * 1024)
+    for chunk.blocks, chunk.seed in ((1, 0), (3, 28)):
+        fill_cache(many)
+        assert same_bits(chunk.forward(tokens, DEEP, "all"), expected), chunk.blocks
 
 
 def test_logits_as_asked(pack: Callable[[Case], PackedModel]) -> None:

@@ -67,6 +67,13 @@ MANY_SPLITS = Case(
         "sliding_window": 4300,
     },
 )
+# With one segment to a part: two of o_proj's input, three of down_proj's.
+IN_PARTS = Case(
+    "llama_biases",
+    "int4",
+    64,
+    changes={"num_hidden_layers": 2, "head_dim": 80, "intermediate_size": 600, "vocab_size": 64},
+)
 MANY_POSITIONS, FAR = 4700, 4602  # 19 blocks of positions: more than one run of them
 SEEDS = range(1, 82)  # all combinations of policies
 
@@ -177,9 +184,9 @@ def both_of(
         wgmma=wgmma,
         cuda=cuda,
         rows=build.prompt[0],
+        shared_limit=LARGE_SHARED_LIMIT if kv_dtype == "int8" else build.shared_limit,
         bulk_copies=index % 2 == 0,
         kv_dtype=kv_dtype,
-        shared_limit=LARGE_SHARED_LIMIT if kv_dtype == "int8" else SHARED_LIMIT,
     )
 
 
@@ -271,6 +278,8 @@ def vector_edit(old: str, new: str, within: str = "") -> Edit:
     return Edit("vectors.cuh", old, new, within)
 
 
+BIAS_FIRST = "BIASED && part == 0"
+
 MUTATIONS: dict[str, Edit] = {
     # Meetings.
     "a meeting awaits one block less": chunk_edit("met", "met - 1", "load_acquire_32(args.arrived) < met"),
@@ -334,6 +343,16 @@ INT8_KV_MUTATIONS: dict[str, Edit] = {  # of int8 keys and values
         "4 * (threadIdx.x % 4) + 2 * i", "2 * (threadIdx.x % 4) + 8 * i"
     ),
 }
+# To be found where inputs have several parts.
+PART_MUTATIONS: dict[str, Edit] = {
+    "a part ends with the matrix": ring_edit("(part + 1) * PART_K<M>", "M::K_PAD"),
+    "a part begins with the matrix": ring_edit("part * PART_K<M>", "0", "int k = part * PART_K<M>"),
+    "a part's sum not kept": chunk_edit("*residual(octet, half, which) = x", "x"),
+    "bias with each part": chunk_edit(BIAS_FIRST, "BIASED"),
+    "bias with the last part": chunk_edit(BIAS_FIRST, "BIASED && part + 1 == M::PARTS"),
+    "no bias": chunk_edit(BIAS_FIRST, "false"),
+    "the first part is the last": chunk_edit("part + 1 < M::PARTS", "part > 0"),
+}
 SOURCES = sources_of("chunk.cu")
 WGMMA_SOURCES = {"panels_wgmma.cuh": SOURCES.pop("panels_wgmma.cuh")}  # of the build for sm_90 alone
 BARRIERS = find_barriers(SOURCES)
@@ -363,7 +382,8 @@ FOUND: dict[str, list[Change]] = {
     **{f"no barrier {place}": [barrier_change(place, BARRIERS[place])] for place in SEEN},
 }
 INT8_KV_FOUND = {f"int8: {name}": [change(SOURCES, edit)] for name, edit in INT8_KV_MUTATIONS.items()}
-MISTAKES = FOUND | LEAVING | INT8_KV_FOUND
+IN_PARTS_FOUND = {f"parts: {name}": [change(SOURCES, edit)] for name, edit in PART_MUTATIONS.items()}
+MISTAKES = FOUND | LEAVING | INT8_KV_FOUND | IN_PARTS_FOUND
 
 
 def wgmma_edit(old: str, new: str, within: str = "") -> Edit:
@@ -427,6 +447,9 @@ WGMMA_MUTATIONS: dict[str, Edit] = {
     "all warps have the first tile": wgmma_edit(
         "panels.first_tile(panel) + warp.tile", "panels.first_tile(panel)"
     ),
+    # Parts.
+    "a part ends with the matrix": wgmma_edit("(part + 1) * PART_K<M>", "M::K_PAD"),
+    "a part begins with the matrix": wgmma_edit("part * PART_K<M>", "0", "int k = part * PART_K<M>"),
     # Turns.
     "a turn not taken": wgmma_edit("wait_for_turn()", "void()", "wait_for_turn();\n    wgmma_fence()"),
     "a turn not passed on": wgmma_edit("end_turn()", "void()", "if (last) end_turn()"),
@@ -496,9 +519,13 @@ class Mutable:
 
 
 @pytest.fixture(scope="module")
-def mutable(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Mutable:
-    cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", SOURCES, MISTAKES)
-    both = Both(pack(MANY_SPLITS), MANY_POSITIONS, limit=LARGE_SHARED_LIMIT, cuda=cuda)
+def mutable_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", SOURCES, MISTAKES)
+
+
+@pytest.fixture(scope="module")
+def mutable(pack: Pack, mutable_cuda: Path) -> Mutable:
+    both = Both(pack(MANY_SPLITS), MANY_POSITIONS, limit=LARGE_SHARED_LIMIT, cuda=mutable_cuda)
     # Two panels of columns, many partial softmaxes.
     return Mutable(both, MISTAKES, [(0, [66], False), (FAR, [5], True)])
 
@@ -511,6 +538,13 @@ def int8_mutable(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Mutabl
 
 
 @pytest.fixture(scope="module")
+def in_parts(pack: Pack, mutable_cuda: Path) -> Mutable:
+    """The build whose inputs have several parts."""
+    both = Both(pack(IN_PARTS), limit=LARGE_SHARED_LIMIT, cuda=mutable_cuda, part_segments=1)
+    return Mutable(both, MISTAKES, [(0, [66], False)])
+
+
+@pytest.fixture(scope="module")
 def wgmma_builds(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> list[Mutable]:
     """Some of the builds as sm_90 has them, each with two panels of columns."""
     cuda = mutable_source(tmp_path_factory.mktemp("mutable") / "cuda", WGMMA_SOURCES, WGMMA_MISTAKES)
@@ -518,8 +552,18 @@ def wgmma_builds(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> list[M
         # Groups of 128; o_proj has as many stages as the ring has places, of which the last is cut short.
         (both_of(pack, "llama2", "int8", wgmma=True, cuda=cuda), 66),
         (both_of(pack, "llama_biases", "bf16", WGMMA_LIMIT, wgmma=True, cuda=cuda), 130),
-        # Groups of 32.
-        (Both(pack(MANY_SPLITS), MANY_POSITIONS, limit=WGMMA_LIMIT, wgmma=True, cuda=cuda), 66),
+        # Groups of 32; two parts of o_proj's input.
+        (
+            Both(
+                pack(MANY_SPLITS),
+                MANY_POSITIONS,
+                limit=WGMMA_LIMIT,
+                wgmma=True,
+                cuda=cuda,
+                part_segments=1,
+            ),
+            66,
+        ),
     ]
     return [Mutable(both, WGMMA_MISTAKES, [(0, [rows], False)]) for both, rows in builds]
 
@@ -530,9 +574,9 @@ def unmutated(mutable: Mutable) -> Both:
     return mutable.both
 
 
-def test_no_mutation_is_right(mutable: Mutable) -> None:
+def test_no_mutation_is_right(mutable: Mutable, in_parts: Mutable) -> None:
     """In a child too, where mistakes are tried."""
-    wrong = (mutable.is_wrong(None, seed) for seed in MUTATION_SEEDS)
+    wrong = (build.is_wrong(None, seed) for build in (mutable, in_parts) for seed in MUTATION_SEEDS)
     assert search(lambda: any(wrong)) == NOT_FOUND
     assert mutable.leaves(None)
 
@@ -567,7 +611,14 @@ def test_int8_keys_and_values(int8_mutable: Mutable) -> None:
 
 @pytest.mark.parametrize("name", INT8_KV_FOUND)
 def test_int8_mutation_is_found(int8_mutable: Mutable, name: str) -> None:
-    assert any(int8_mutable.is_wrong(name, seed) for seed in MUTATION_SEEDS)
+    wrong = (int8_mutable.is_wrong(name, seed) for seed in MUTATION_SEEDS)
+    assert search(lambda: any(wrong)) != NOT_FOUND
+
+
+@pytest.mark.parametrize("name", IN_PARTS_FOUND)
+def test_mutation_of_parts_is_found(in_parts: Mutable, name: str) -> None:
+    wrong = (in_parts.is_wrong(name, seed) for seed in MUTATION_SEEDS)
+    assert search(lambda: any(wrong)) != NOT_FOUND
 
 
 @pytest.mark.parametrize("name", WGMMA_MISTAKES)

@@ -325,7 +325,11 @@ class SimDecoder(SimKernel):
         cuda: Path | None = None,
         coverage: bool = False,
     ) -> None:
-        """`part_segments`: of down_proj's input at a time; the rest as kernel_defines says."""
+        """`part_segments`: of a part of o_proj's and down_proj's input, at most, instead of PART_SEGMENTS.
+
+        It decides the order of sums: builds that differ in it have different bits. The rest as kernel_defines
+        says.
+        """
         self.config, self.max_seq_len, self.device = packed.config, max_seq_len, "sim"
         self.rows, self.num_slots, self.kv_dtype = rows, num_slots, kv_dtype
         self.vectors = VectorLayout(packed.config.head_dim, kv_dtype)
