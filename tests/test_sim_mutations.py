@@ -401,7 +401,7 @@ UNSEEN = [
     # fetch() has one before it starts copies, wait() has one before the cursor is looked at again.
     ("stream.cuh", "if (!all_have(result)) return;\n"),
     # Only its vote is wanted, so that the block leaves as one: see test_a_bad_leave_is_found.
-    ("ffmini.cu", "if (arrived) update.finish(block, own_tile, row, x, valid);\n        });\n"),
+    ("ffmini.cu", "if (arrived) update.finish(block, own_tile, row, x, valid);\n    });\n"),
 ]
 
 
