@@ -368,6 +368,7 @@ __device__ __forceinline__ bool merge_splits(Block& block, int row_head, int fir
     if (sync_threads_or<THREADS>(!arrived)) return false;
     float top, sum;
     merge_sums(block, splits, top, sum);
+    if (block.thread == 0) s.total = sum;  // not wanted before the end: registers are short
     const int runs = (first_split + splits - 1) / MERGE_RUN - first_split / MERGE_RUN + 1;
     const int index = block.thread % MERGE_LANES, in_run = first_split % MERGE_RUN;
     for (int run = block.thread / MERGE_LANES; run < runs && run < MAX_RUNS; run += MERGE_RUNS) {
@@ -397,7 +398,7 @@ __device__ __forceinline__ bool merge_splits(Block& block, int row_head, int fir
     }
     sync_threads<THREADS>();
     for (int i = block.thread; i < HEAD_PACKETS; i += THREADS) {
-        publish_head(s.out, 1.0f / sum, i, target + row_head * HEAD_PACKETS, tag);
+        publish_head(s.out, 1.0f / s.total, i, target + row_head * HEAD_PACKETS, tag);
     }
     sync_threads<THREADS>();
     return true;

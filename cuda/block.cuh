@@ -54,6 +54,7 @@ struct MergeScratch {
     float sum[MAX_SPLITS];
     float run[MAX_RUNS * HEAD_DIM];  // [run][dimension]
     float out[HEAD_DIM];
+    float total;  // the splits' sums together
 };
 
 // ---- candidates: what warps make of their shares of the block's logits, over the activations too ----
@@ -96,7 +97,8 @@ struct SharedTail {
     int own_tiles[NUM_STAGES];                                   // of the stage's matrix, for this block
     int residual_tiles;                                          // of the residual stream
     alignas(16) float part[2 * ROUND_UNITS * ROWS * TILE_ROWS];  // [parity of the round][unit][row][output]
-    float carry[2 * 2 * ROWS * TILE_ROWS];  // [parity of the round][see Products][row][output of the tile]
+    float carry[2 * 2 * ROWS *
+                TILE_ROWS];  // [parity of the round][the part's sum, what is before it][row][output]
     float residual[OWN_TILES * ROWS * TILE_ROWS];  // [own tile][row][output of the tile]
     float next_norm[OWN_TILES * TILE_ROWS];   // of the norm that comes next: [own tile][output of the tile]
     float tile_squares[ROWS * HIDDEN_TILES];  // of the residual stream: sums of squares, [row][tile]

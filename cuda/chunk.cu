@@ -382,7 +382,7 @@ __device__ __forceinline__ void attend(const Place& chunk, int layer) {
 // output there. Outputs behind HIDDEN_SIZE are zero, as the residual is there.
 class ResidualPart {
   public:
-    static constexpr int PART_OCTETS = min_of(OCTETS, WGMMA ? 8 : 8);
+    static constexpr int PART_OCTETS = min_of(OCTETS, 8);
 
     // Asks for all that comes from memory, before any of it is written.
     __device__ ResidualPart(const Place& chunk, int k, int first_row, const float* bias, const float* norm)

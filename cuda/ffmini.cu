@@ -76,16 +76,18 @@ struct InputPackets {
     static constexpr int PERIOD = Runs::PACKETS / common_divisor(Runs::PACKETS, STEP);
     static constexpr int SHIFT = PERIOD * STEP / Runs::PACKETS;
     // Where parts are split, the runs of one; in general the first begins before it, the last ends behind it.
-    static constexpr int IN_PART = ceil_div(M::HELD_K, Runs::LENGTH);
-    static constexpr bool EVEN = !M::SPLIT || (M::HELD_K % Runs::LENGTH == 0 && Runs::COUNT % IN_PART == 0);
-    static constexpr int MOST = M::SPLIT ? (EVEN ? IN_PART : IN_PART + 1) * Runs::PACKETS : Runs::ROW_PACKETS;
+    static constexpr int PART_RUNS = ceil_div(M::HELD_K, Runs::LENGTH);
+    static constexpr bool EVEN = !M::SPLIT || (M::HELD_K % Runs::LENGTH == 0 && Runs::COUNT % PART_RUNS == 0);
+    static constexpr int MOST =
+        M::SPLIT ? (EVEN ? PART_RUNS : PART_RUNS + 1) * Runs::PACKETS : Runs::ROW_PACKETS;
     static constexpr int SHARE = ceil_div(MOST, STEP);  // of a lane
     static constexpr int BATCH = ceil_div(SHARE, ceil_div(SHARE, RECEIVE_BATCH));
     static constexpr bool WHOLE = EVEN && MOST % (BATCH * STEP) == 0;  // batches
 };
 
 // Receives M's input, all of it or part `part` if a block holds one at a time, as bf16 among the activations.
-// `packets`: [ROWS][runs]; rest(row, run, packet) takes what the last packet of a run brings besides.
+// `packets`: [ROWS][runs]; rest(row, run, packet) takes what the last packet of a run brings besides. False,
+// in this lane alone, if one did not come.
 template <class M, class Runs, class Rest>
 __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets, uint32_t tag, int where,
                                              int part, Rest rest) {
@@ -259,13 +261,12 @@ __device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& up
 }
 
 // Adds M's product of the block's activations, which receive(part) brings, to the residual, or publishes its
-// share of it for those whose tiles it concerns. `partial`: packets of products_of().
+// share of it for those whose tiles it concerns, among the packets `partial`, [ROWS][PARTS][tiles].
 template <class M, class Receive>
 __device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>& products,
                                                        const ResidualUpdate& update, uint4* partial,
                                                        uint32_t tag, int where, Receive receive) {
     if constexpr (!M::SPLIT) {
-        if (block.residual_tiles() == 0) return true;
         if (!receive(0)) return false;
         products.run(
             block, [&](int own_tile, int row) { return update.before(block, own_tile, row); },
@@ -369,6 +370,7 @@ __device__ __forceinline__ bool attention(Block& block, int layer) {
 
 // reads and waits for: attention. writes: mid_hidden.
 __device__ __forceinline__ bool o_proj(Block& block, int layer) {
+    if (!OProj::SPLIT && block.residual_tiles() == 0) return true;
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
     const int where = where_of(layer, STAGE_O);
@@ -426,6 +428,7 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
 
 // reads and waits for: activation. writes: hidden of the next layer.
 __device__ __forceinline__ bool down_proj(Block& block, int layer) {
+    if (!DownProj::SPLIT && block.residual_tiles() == 0) return true;
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
     const int where = where_of(layer, STAGE_DOWN);

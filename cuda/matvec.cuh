@@ -147,9 +147,9 @@ constexpr int ROUND =
     ROUND_UNITS % M::HELD_SEGMENTS < WARPS / 2 ? ROUND_UNITS / M::HELD_SEGMENTS * M::HELD_SEGMENTS
                                                : ROUND_UNITS;
 
-// The block's share of M, the matrix of `stage`, times its activations: for each part of the input that it
-// holds, part() after part_step() from first_part() on, begin(), then the activations in place and a barrier,
-// then run(). All threads do so. Unit u of a part is warp u % WARPS's, in the stream's order too.
+// The block's share of M, the matrix of `stage`, times its activations. When it is made it waits for the
+// first weights. Then, for each part() of the input: the activations in place and a barrier, run(), and
+// next_part(). All threads do so. Unit u of a part is warp u % WARPS's, in the stream's order too.
 template <class M>
 class Products {
   public:

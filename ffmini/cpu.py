@@ -368,8 +368,8 @@ class CPUDecoder:
         self.device = "cpu"
         self.precision = precision
         self.kv_dtype = kv_dtype
-        self._vector_layout = VectorLayout(packed.config.head_dim, kv_dtype)
         self._quantizes = kv_dtype == "int8" and precision == "bf16"
+        self._vector_layout = VectorLayout(packed.config.head_dim, "int8" if self._quantizes else "bf16")
         self._dtype = np.float32 if precision == "bf16" else np.float64
         self._round: Callable[[np.ndarray], np.ndarray] = round_bf16 if precision == "bf16" else _keep
         self._check_memory(packed)

@@ -35,6 +35,7 @@ from .kernel import (
     layer_bytes,
     mail,
     max_rows,
+    product_bytes,
 )
 from .launch import ChunkBuild, OnDevice, PassBuild, import_cupy, pinned_array, why_unusable
 from .layout import KEY_ROTATION, VALUE_ROTATION, VectorLayout, ceil_div
@@ -140,7 +141,8 @@ class GPUDecoder:
     The build for the fewest rows is compiled at once, the others when a call first needs them.
 
     Errors: DeviceError if the device can't run the kernel, MemoryBudgetError (a DeviceError) with the
-    numbers if it lacks memory, GenerationError if a pass fails; the decoder stays usable after the last.
+    numbers if it lacks memory, GenerationError if a pass fails. A call that needs a build for the first time
+    may end with either of the first two. The decoder stays usable after all of them.
     """
 
     def __init__(
@@ -230,6 +232,8 @@ class GPUDecoder:
     def _scratch_bound(self, packed: PackedModel, least: PassBuild) -> int:
         """An upper bound of the memory that passes and chunks work in, of builds that are yet to come too."""
         packets = sum(ceil_div(rows, least.rows) for rows in self._defines) * least.scratch_bytes
+        split = [rows for rows, defines in self._defines.items() if defines["SPLIT_PARTS"] == "1"]
+        packets += sum(product_bytes(packed.layouts, rows) for rows in split)
         chunk = 0
         if self._chunk_defines is not None:
             chunk = chunk_scratch_bound(self.config, packed.layouts, self.max_seq_len)
@@ -297,10 +301,16 @@ class GPUDecoder:
         return self._chunk
 
     def _load(self, kind: type[Build], defines: dict[str, str]) -> Build:
-        """A build that a call needs for the first time, compiled unless a cache has it, and its memory."""
+        """A build that a call needs for the first time, compiled unless a cache has it, and its memory.
+
+        DeviceError if it can't be made, MemoryBudgetError without room for it; a later call tries again.
+        """
         cupy = self._cupy
         with self._on_device(), cupy.cuda.using_allocator(self._pool.malloc):
-            build = kind(cupy, defines, *self._launch_sizes)
+            try:
+                build = kind(cupy, defines, *self._launch_sizes)
+            except (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError) as error:
+                raise DeviceError(f"{self.device}: a build could not be loaded: {error}") from error
             try:
                 build.allocate(cupy)
             except cupy.cuda.memory.OutOfMemoryError as error:
@@ -349,7 +359,8 @@ class GPUDecoder:
         """Run tokens [R] at positions start .. start + R - 1, in passes of as many rows as the builds take.
 
         `logits`: "last" gives float32 [1, vocab_size], "all" [R, vocab_size], "none" [0, vocab_size].
-        GenerationError if a logit is not finite or a wait on the device gave up.
+        GenerationError if a logit is not finite or a wait on the device gave up, DeviceError if a build that
+        is needed can't be made.
         """
         tokens = np.asarray(tokens)
         self._check_open()

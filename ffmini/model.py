@@ -204,7 +204,8 @@ class Model:
 
         Raises TypeError for an unknown option, ValueError for a bad one, for an empty prompt, for ids
         outside the vocabulary and for a prompt longer than the context, BusyError while a stream is open,
-        GenerationError if a pass fails; in a list the Completion of that prompt says so instead.
+        GenerationError if a pass fails; in a list the Completion of that prompt says so instead. DeviceError
+        if the GPU's kernel has to be compiled for so many rows and can't be.
         """
         is_batch = _is_batch(prompt)
         runs = self._runs(prompt if is_batch else [prompt], options, is_batch)

@@ -25,7 +25,7 @@ def packet_counts(config: ModelConfig) -> dict[str, int]:
 
 
 def kept_packets(config: ModelConfig, rows: int) -> int:
-    """Packets of a build for `rows` rows that no later layer overwrites: all but the partial softmaxes."""
+    """Packets of a build for `rows` rows that no later layer overwrites: no partial results."""
     counts = packet_counts(config)
     return rows * (config.num_layers * sum(counts.values()) + counts["hidden"])
 

@@ -52,6 +52,14 @@ def test_compiles_without_spills(arch: str, name: str, dtype: str, kind: str, kv
         assert found.scratch_bytes <= bound <= 1.5 * found.scratch_bytes
 
 
+def test_the_bound_for_builds_to_come() -> None:
+    """What load() counts for a build of eight rows: eight times one row's packets, and split products."""
+    config = parse_config(SHAPES["llama-3.1-8b"], "llama-3.1-8b")
+    one, many = (report("sm_90", config, "int4", kind).scratch_bytes for kind in ("one", "many"))
+    products = kernel.product_bytes(make_layouts(config, "int4"), 8)
+    assert products > 0 and 0.9 * (8 * one + products) <= many <= 8 * one + products
+
+
 def bundled_defines() -> dict[str, str]:
     config = load_config(bundled_model_path())
     limit, blocks = DEVICES["sm_90"]

@@ -64,7 +64,8 @@ class MemoryWatch:
 def measure_peak(shape: str, dtype: str, kv_dtype: str, positions: int) -> tuple[int, int]:
     """Bytes of GPU 0 used before anything, and the most with a model of random weights that runs.
 
-    The model has room for `positions` tokens; a prompt at their end goes through, and passes of a token each.
+    The model has room for `positions` tokens; a prompt at their end goes through, and passes of one token
+    and of as many as a pass takes: all builds are there.
     """
     with MemoryWatch() as watch:
         packed = random_model(parse_config(SHAPES[shape], shape), dtype)
@@ -74,6 +75,7 @@ def measure_peak(shape: str, dtype: str, kv_dtype: str, positions: int) -> tuple
             decoder.forward(tokens[:PROMPT], start)
             for i in range(PROMPT, len(tokens)):
                 decoder.forward(tokens[i : i + 1], start + i)
+            decoder.forward(tokens[: decoder.max_rows], start)
             time.sleep(0.5)
     return watch.idle, watch.peak
 
@@ -85,6 +87,8 @@ def main() -> None:
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="bf16")
     parser.add_argument("--positions", type=int, default=4096)
     args = parser.parse_args()
+    if args.positions < PROMPT + PASSES:
+        parser.error(f"--positions: at least {PROMPT + PASSES} expected, found {args.positions}")
     if (reason := why_unusable()) is not None:
         raise SystemExit(f"memory: a GPU expected: {reason}")
     idle, peak = measure_peak(args.shape, args.dtype, args.kv_dtype, args.positions)

@@ -93,13 +93,17 @@ __device__ __forceinline__ bool matrix_stage(Block& block, const uint4* in, uint
     return true;
 }
 
+static_assert(!OProj::SPLIT && !DownProj::SPLIT, "every block streams whole tiles");
+
 // Attention: every block waits for all of q, k and v and sends its share of the heads, where the kernel's
 // blocks with an item wait for the item's and send its heads.
 __device__ __forceinline__ bool attention(Block& block, int layer, const LayerPackets& packets, uint32_t tag,
                                           int where) {
     if (!gather<FROM_QKV, QKV_PACKETS>(block, packets.qkv(), tag, where)) return false;
     const float touched = consume_cache(block, layer);
-    send<FROM_ATTENTION, HEAD_PACKETS>(block, packets.attention(), count_own_tiles(NUM_HEADS), tag, touched);
+    Partition heads;
+    heads.start(1);
+    send<FROM_ATTENTION, HEAD_PACKETS>(block, packets.attention(), heads.count(NUM_HEADS), tag, touched);
     return true;
 }
 
