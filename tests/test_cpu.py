@@ -620,6 +620,18 @@ def test_a_batch_changes_no_bit(alone: Any, data: st.DataObject) -> None:
             np.testing.assert_array_equal(found, expected)
 
 
+def test_in_float64_keys_and_values_are_not_int8(alone: Any) -> None:
+    """Whatever their dtype: what is read can be written."""
+    packed, kv_dtype, tokens, _, _ = alone
+    decoder = make_decoder(packed, LONGEST, kv_dtype=kv_dtype, precision="float64")
+    decoder.forward(tokens[0, :9], 0, "none")
+    keys, values = decoder.read_cache(0, 9)
+    assert keys.dtype == values.dtype == np.uint16
+    decoder.write_cache(0, keys, values)
+    for found, expected in zip(decoder.read_cache(0, 9), (keys, values), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_a_written_cache_is_as_good_as_a_run_prompt(alone: Any) -> None:
     packed, kv_dtype, tokens, logits, caches = alone
     decoder = make_decoder(packed, 2 * LONGEST, num_slots=2, kv_dtype=kv_dtype)

@@ -32,6 +32,7 @@ from ffmini.kernel import (
     PANEL_ROWS,
     PASS_ARGS,
     chunk_scratch_bound,
+    product_bytes,
 )
 from ffmini.launch import ChunkBuild, PassBuild
 from ffmini.layout import VectorLayout
@@ -302,8 +303,8 @@ class Loading:
 
 
 def test_loading_makes_one_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And checks that there is memory for all that may come."""
-    packed = pack_case(tmp_path / "model", Case("llama2"))
+    """And checks that there is memory for all that may come; down_proj's input has two parts."""
+    packed = pack_case(tmp_path / "model", Case("llama2", "int4", changes={"intermediate_size": 2304}))
     loading = Loading(monkeypatch, 2**30)
     assert gpu.GPUDecoder(packed, 64).max_rows == 8
     assert loading.made == ["1"]
@@ -311,6 +312,9 @@ def test_loading_makes_one_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     needed += (
         (9 << 20) + 4 * 8 * packed.config.vocab_size + chunk_scratch_bound(packed.config, packed.layouts, 64)
     )
+    products = product_bytes(packed.layouts, 8)
+    assert products == 96 * 8 * 2 * packed.layouts["down_proj"].tiles
+    needed += products
     Loading(monkeypatch, needed)
     gpu.GPUDecoder(packed, 64)
     Loading(monkeypatch, needed - 1)
