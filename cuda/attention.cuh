@@ -231,26 +231,27 @@ __device__ __forceinline__ void add_tiles(Block& block, const Item& item,
                                           const float (&out)[HEAD_DIM_TILES][4]) {
     constexpr int CHUNKS = ceil_div(SWEEP_DIMS, 32);
     AttentionScratch& s = *block.attention();
-    const int t = block.lane() % 4, heads = item.heads();
+    const int first_head = 2 * (block.lane() % 4), heads = item.heads();
+    float* own = s.partial + opaque((block.warp() * ITEM_HEADS + first_head) * SWEEP_DIMS +
+                                    Vectors::first_dimension(block.lane()));
 #pragma unroll
     for (int sweep = 0; sweep < HEAD_DIM_TILES; sweep += SWEEP_TILES) {
         if (sweep > 0) sync_threads<THREADS>();
 #pragma unroll
         for (int m = sweep; m < min_of(sweep + SWEEP_TILES, HEAD_DIM_TILES); ++m) {
             for (int i = 0; i < 4; ++i) {
-                const int head = 2 * t + i % 2, d = 16 * (m - sweep) + Vectors::dimension(i / 2);
-                if (head < heads) s.partial[(block.warp() * ITEM_HEADS + head) * SWEEP_DIMS + d] = out[m][i];
+                const int at = i % 2 * SWEEP_DIMS + 16 * (m - sweep) + i / 2 * Vectors::HALF_STEP;
+                if (first_head + i % 2 < heads) own[at] = out[m][i];
             }
         }
         sync_threads<THREADS>();
         for (int job = block.warp(); job < heads * CHUNKS; job += WARPS) {
             const int head = job / CHUNKS, i = job % CHUNKS * 32 + block.lane();
             if (i >= SWEEP_DIMS || sweep * TILE_ROWS + i >= HEAD_DIM) continue;
+            const int at = opaque(head * SWEEP_DIMS + i);  // that of the first tile, known once for all
             float sum = 0.0f;
 #pragma unroll
-            for (int tile = 0; tile < WARPS; ++tile) {
-                sum += s.partial[(tile * ITEM_HEADS + head) * SWEEP_DIMS + i];
-            }
+            for (int tile = 0; tile < WARPS; ++tile) sum += s.partial[tile * ITEM_HEADS * SWEEP_DIMS + at];
             s.out[head * HEAD_DIM + sweep * TILE_ROWS + i] = sum;
         }
     }
@@ -323,9 +324,11 @@ __device__ __forceinline__ bool attend(Block& block, const Item& item, int layer
     uint32_t p[TILE_RUNS];
     score_tile(block, item, score);
     block.stream.refill();
+    block.locate();
     softmax_tile(block, item, score, p);
     weigh_values(block, item, p, out);
     add_tiles(block, item, out);
+    block.locate();
     publish_item(block, item, packets, whole, tag);
     append_to_cache(block, item, layer);
     block.stream.refill();

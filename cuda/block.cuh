@@ -94,7 +94,6 @@ constexpr int MARK_WORDS = ceil_div(OWN_HEAD_TILES * TILE_ROWS, 32);  // a bit f
 
 struct SharedTail {
     Partition partition[NUM_STAGES];
-    int own_tiles[NUM_STAGES];                                   // of the stage's matrix, for this block
     int residual_tiles;                                          // of the residual stream
     alignas(16) float part[2 * ROUND_UNITS * ROWS * TILE_ROWS];  // [parity of the round][unit][row][output]
     float carry[2 * 2 * ROWS *
@@ -147,12 +146,12 @@ struct Block {
     __device__ MergeScratch* merge() const { return reinterpret_cast<MergeScratch*>(memory); }
     __device__ CandidateScratch* candidates() const { return reinterpret_cast<CandidateScratch*>(memory); }
 
-    __device__ int own_tiles(Stage stage) const { return shared()->own_tiles[stage]; }
+    __device__ int own_tiles(Stage stage) const { return shared()->partition[stage].tiles(); }
     __device__ int residual_tiles() const { return shared()->residual_tiles; }
     __device__ int warp() const { return thread / 32; }
     __device__ int lane() const { return thread % 32; }
 
-    // Called once a layer: places that depend on the thread are computed anew, not kept over the layers.
+    // Called where registers are short: places that depend on the thread are computed anew, not kept.
     __device__ void locate() { thread = opaque(threadIdx.x) & 1023; }  // not negative: divisions are shifts
 };
 
@@ -161,9 +160,7 @@ struct Block {
 __device__ __forceinline__ void prepare_shared(uint8_t* memory) {
     SharedTail& tail = *Block::tail(memory);
     if (threadIdx.x < NUM_STAGES) {
-        Partition& partition = tail.partition[threadIdx.x];
-        partition.start(SHAPES[threadIdx.x].held_parts);
-        tail.own_tiles[threadIdx.x] = partition.count(SHAPES[threadIdx.x].tiles);
+        tail.partition[threadIdx.x].start(SHAPES[threadIdx.x]);
     }
     if (threadIdx.x == NUM_STAGES) {
         const int blocks = gridDim.x;
@@ -183,6 +180,16 @@ __device__ __forceinline__ void for_half_warps(const Block& block, int jobs, Bod
         const int job = first + block.lane() / 16;
         body(min_of(job, jobs - 1), job < jobs);
     }
+}
+
+// The same for the rows of `tiles` tiles: body(tile, row, valid). Rows that the pass does not have have
+// halves too, which are not `valid`: a division by ROWS is a shift.
+template <class Body>
+__device__ __forceinline__ void for_rows_of_tiles(const Block& block, int tiles, Body body) {
+    for_half_warps(block, tiles * ROWS, [&](int job, bool valid) {
+        const int row = job % ROWS, last = num_rows(block.args) - 1;
+        body(job / ROWS, min_of(row, last), valid && row <= last);
+    });
 }
 
 // When a thread of each block passed a place, for tools/stages.py: a build of its own.

@@ -31,6 +31,11 @@ constexpr int WARPS = 16;                         // that compute
 constexpr int THREADS = 32 * WARPS;               // of those warps
 constexpr int FETCH_WARPS = BULK_COPIES ? 4 : 0;  // that fetch for them
 constexpr int BLOCK_THREADS = THREADS + 32 * FETCH_WARPS;
+constexpr int LAUNCH_REGISTERS = 96;  // of each of 640 threads; the fetching ones give up some
+constexpr int FETCH_REGISTERS = 64, COMPUTE_REGISTERS = 104;
+static_assert(!BULK_COPIES || FETCH_WARPS * FETCH_REGISTERS + WARPS * COMPUTE_REGISTERS <=
+                                  (WARPS + FETCH_WARPS) * LAUNCH_REGISTERS,
+              "more registers are taken than given up");
 constexpr int MAX_ROWS = 8;  // columns of one mma
 constexpr int TILE_ROWS = 16;
 constexpr int SEGMENT = 256;   // the canonical order of sums: each run of 256 k starts from zero

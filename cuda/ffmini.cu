@@ -135,10 +135,13 @@ __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets,
     return true;
 }
 
-// Receives M's input and leaves it among the activations, as M's product wants it.
-template <class M, class Runs, class Rest>
+// Receives M's input and leaves it among the activations, as M's product wants it. complete() is called when
+// all has arrived; of integers the whole block is through with it when their products begin, of bf16 when the
+// first of them are added up.
+template <class M, class Runs, class Rest, class Complete>
 __device__ __forceinline__ bool receive_input(Block& block, const uint4* packets, uint32_t tag, int where,
-                                              int part, Rest rest) {
+                                              int part, Rest rest, Complete complete) {
+    block.locate();  // registers are short
     const bool arrived = receive_bf16<M, Runs>(block, packets, tag, where, part, rest);
     const int end = min_of(M::HELD_K, Runs::COUNT * Runs::LENGTH - (M::SPLIT ? part * M::HELD_K : 0));
     if constexpr (!INTEGERS) {  // zeros where no packet brings anything; integers take them for granted
@@ -149,6 +152,7 @@ __device__ __forceinline__ bool receive_input(Block& block, const uint4* packets
         }
     }
     if (sync_threads_or<THREADS>(!arrived)) return false;
+    complete();
     if constexpr (INTEGERS) {
         align_activations<M>(block, end);
         sync_threads<THREADS>();
@@ -156,17 +160,15 @@ __device__ __forceinline__ bool receive_input(Block& block, const uint4* packets
     return true;
 }
 
-// Receives the residual stream as publish_residual sends it. norm_scale is complete after the block's next
-// barrier.
+// Receives the residual stream as publish_residual sends it, and norm_scale with it.
 template <class M>
 __device__ __forceinline__ bool receive_residual(Block& block, const uint4* packets, uint32_t tag,
                                                  int where) {
     const auto keep_squares = [&](int row, int tile, const uint4& packet) {
         block.shared()->tile_squares[row * HIDDEN_TILES + tile] = __uint_as_float(packet.z);
     };
-    if (!receive_input<M, HiddenRuns>(block, packets, tag, where, 0, keep_squares)) return false;
-    scale_rows(block);
-    return true;
+    return receive_input<M, HiddenRuns>(block, packets, tag, where, 0, keep_squares,
+                                        [&] { scale_rows(block); });
 }
 
 // The weights of a norm at the block's own tiles of the residual stream: asked for before a wait, kept after
@@ -229,8 +231,7 @@ __device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& up
                                           uint32_t tag, int where) {
     constexpr int PAIRS = ceil_div(M::PARTS, 2);
     bool arrived = true;
-    for_half_warps(block, block.residual_tiles() * num_rows(block.args), [&](int job, bool valid) {
-        const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
+    for_rows_of_tiles(block, block.residual_tiles(), [&](int own_tile, int row, bool valid) {
         const int base = block.lane() & 16, output = block.lane() & 15;
         const uint4* of_row = products + row * M::PARTS * M::TILES * FLOAT_PACKETS;
         const uint4* of_tile = of_row + (blockIdx.x + own_tile * gridDim.x) * FLOAT_PACKETS;
@@ -298,9 +299,8 @@ __device__ __forceinline__ bool embed(Block& block) {
     const LayerPackets packets(args.exchange, layer);
     const uint32_t tag = tag_of(args, layer);
     const float* norm = layer == 0 ? layer_vectors(args, 0) + INPUT_LAYERNORM_OFFSET : args.norm;
-    const int jobs = block.residual_tiles() * num_rows(block.args), output = block.thread % TILE_ROWS;
-    for_half_warps(block, jobs, [&](int job, bool valid) {
-        const int own_tile = job / num_rows(block.args), row = job % num_rows(block.args);
+    const int output = block.thread % TILE_ROWS;
+    for_rows_of_tiles(block, block.residual_tiles(), [&](int own_tile, int row, bool valid) {
         const int tile = blockIdx.x + own_tile * gridDim.x, k = tile * TILE_ROWS + output;
         float x = 0.0f;
         if (k < HIDDEN_SIZE) {
@@ -335,9 +335,11 @@ __device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
     mark(block, layer, MARK_QKV_IN);
     products.run(block, no_sum, [&](int, int tile, int row, float sum, bool valid) {
         const int element = tile * TILE_ROWS + block.thread % TILE_ROWS;
+        const int here = opaque(layer);  // what follows from it is not kept while units are multiplied
+        uint4* qkv = LayerPackets(block.args.exchange, here).qkv();
         sum *= block.shared()->norm_scale[row];
         if (QKV_BIAS && element < ATTENTION_SIZE + 2 * KV_SIZE) sum += vectors[QKV_BIAS_OFFSET + element];
-        publish_floats(block, packets.qkv() + row * QKV_PACKETS, tile, sum, tag, valid);
+        publish_floats(block, qkv + row * QKV_PACKETS, tile, sum, tag_of(block.args, here), valid);
     });
     mark(block, layer, MARK_QKV);
     return true;
@@ -378,11 +380,10 @@ __device__ __forceinline__ bool o_proj(Block& block, int layer) {
     const NextNorm next(block, vectors + POST_ATTENTION_LAYERNORM_OFFSET);
     Products<OProj> products(block, STAGE_O);
     const auto receive = [&](int part) {
-        if (!receive_input<OProj, HeadRuns>(block, packets.attention(), tag, where, part, no_rest))
-            return false;
-        mark(block, layer, MARK_O_IN);
-        next.keep(block);
-        return true;
+        const bool arrived = receive_input<OProj, HeadRuns>(block, packets.attention(), tag, where, part,
+                                                            no_rest, [&] { next.keep(block); });
+        if (arrived) mark(block, layer, MARK_O_IN);
+        return arrived;
     };
     const ResidualUpdate update = {O_BIAS ? vectors + O_BIAS_OFFSET : nullptr, packets.mid_hidden(), tag};
     if (!multiply_into_residual(block, products, update, o_product_packets(block.args.exchange), tag, where,
@@ -410,6 +411,8 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
         sum *= block.shared()->norm_scale[row];
         if (MLP_BIAS) sum += vectors[GATE_UP_BIAS_OFFSET + tile * TILE_ROWS + output];
         const float up = __shfl_xor_sync(0xffffffff, sum, 8);
+        const int here = opaque(layer);  // what follows from it is not kept while units are multiplied
+        uint4* activation = LayerPackets(block.args.exchange, here).activation();
         // silu(gate) * up in outputs 0 to 7
         const float x = silu(sum) * up;
         const uint32_t pair = pack_with_neighbour(block, x);
@@ -418,8 +421,8 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
             words[w] = __shfl_sync(0xffffffff, pair, base + 4 * (output % BF16_PACKETS) + 2 * w);
         }
         if (valid && output < BF16_PACKETS) {
-            publish(packets.activation() + row * ACTIVATION_PACKETS + tile * BF16_PACKETS + output, words[0],
-                    words[1], 0, tag);
+            publish(activation + row * ACTIVATION_PACKETS + tile * BF16_PACKETS + output, words[0], words[1],
+                    0, tag_of(block.args, here));
         }
     });
     mark(block, layer, MARK_GATE_UP);
@@ -437,12 +440,10 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     const NextNorm next(block, last ? block.args.norm : vectors + VECTORS_SIZE + INPUT_LAYERNORM_OFFSET);
     Products<DownProj> products(block, STAGE_DOWN);
     const auto receive = [&](int part) {
-        if (!receive_input<DownProj, GateUpRuns>(block, packets.activation(), tag, where, part, no_rest)) {
-            return false;
-        }
-        mark(block, layer, MARK_DOWN_IN);
-        next.keep(block);
-        return true;
+        const bool arrived = receive_input<DownProj, GateUpRuns>(block, packets.activation(), tag, where,
+                                                                 part, no_rest, [&] { next.keep(block); });
+        if (arrived) mark(block, layer, MARK_DOWN_IN);
+        return arrived;
     };
     const ResidualUpdate update = {MLP_BIAS ? vectors + DOWN_BIAS_OFFSET : nullptr, packets.next_hidden(),
                                    tag_of(block.args, layer + 1)};
@@ -506,9 +507,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     prepare_shared(shared_memory);
 #if BULK_COPIES
     if (threadIdx.x >= THREADS) {
+        give_up_registers<FETCH_REGISTERS>();
         fill_rings<RING_SLOTS>(args, Block::tail(shared_memory)->ring, shared_memory + FIXED_BYTES);
         return;
     }
+    take_registers<COMPUTE_REGISTERS>();
 #endif
     Block block(args, shared_memory);
     if (!run_pass(block)) block.stream.abandon();

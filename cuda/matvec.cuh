@@ -8,9 +8,10 @@
 
 // ---- one unit: 16 outputs, one segment ----
 // What a warp makes of a unit: add<K>() takes the slots in their order, each K wide, at `in_segment`;
-// finish() leaves part[row][output of the tile]; seen() is a number made of everything that was read in the
-// slots. Where a lane reads is known before the input comes: a slot's address is that of the lane's 16 bytes
-// in its first line, input_of() the offset among the activations at which each of the lane's SETS begins.
+// finish() hands each of a lane's sums to take(its place in [row][output of the tile], sum);
+// seen() is a number made of everything that was read in the slots. Where a lane reads is known before the
+// input comes: a slot's address is that of the lane's 16 bytes in its first line, input_of() the offset of
+// its input among the activations.
 
 template <class M, bool INTEGER = M::BITS != 16>
 class Unit;
@@ -19,17 +20,14 @@ class Unit;
 template <class M>
 class Unit<M, false> {
   public:
-    static constexpr int SETS = 1;
-
-    static __device__ int input_of(const Block& block, int) {
+    static __device__ int input_of(const Block& block) {
         const int row = min_of(block.lane() / 4, num_rows(block.args) - 1);  // columns without one repeat it
         return 2 * (row * ACTIVATION_STRIDE + 8 * (block.lane() % 4));
     }
 
     template <int K>
-    __device__ void add(const Block& block, const uint8_t* slot, const int (&input)[SETS], int segment,
-                        int in_segment) {
-        const uint8_t* activations = block.memory + input[0] + 2 * (segment * SEGMENT + in_segment);
+    __device__ void add(const Block& block, const uint8_t* slot, int input, int segment, int in_segment) {
+        const uint8_t* activations = block.memory + input + 2 * (segment * SEGMENT + in_segment);
 #pragma unroll
         for (int j = 0; j < K / 32; ++j) {
             const uint4 b = *reinterpret_cast<const uint4*>(activations + 64 * j);
@@ -40,13 +38,13 @@ class Unit<M, false> {
 
     __device__ float seen() const { return sum_[0] + sum_[2]; }
 
-    __device__ void finish(const Block& block, int, float* part) const {
+    template <class Take>
+    __device__ void finish(const Block& block, int, Take take) const {
         const int column = 2 * (block.lane() % 4), output = block.lane() / 4;
         for (int c = 0; c < min_of(ROWS, 2); ++c) {
-            if (column + c < ROWS) {
-                part[(column + c) * TILE_ROWS + output] = sum_[c];
-                part[(column + c) * TILE_ROWS + output + 8] = sum_[2 + c];
-            }
+            if (column + c >= ROWS) continue;
+            take((column + c) * TILE_ROWS + output, sum_[c]);
+            take((column + c) * TILE_ROWS + output + 8, sum_[2 + c]);
         }
     }
 
@@ -66,16 +64,17 @@ class Unit<M, true> {
   public:
     static constexpr int SETS = ceil_div(ROWS, 4);
 
-    static __device__ int input_of(const Block& block, int set) {
+    // Of the first set. Columns whose row the pass does not have multiply what happens to lie there.
+    static __device__ int input_of(const Block& block) {
         const int column = block.lane() / 4;
-        const int row =
-            min_of(column / 2 + 4 * set, num_rows(block.args) - 1);  // columns without one repeat it
+        const int row = min_of(column / 2, ROWS - 1);
         return 2 * row * ACTIVATION_STRIDE + plane_offset(column % 2, 0, block.lane() % 4);
     }
 
     template <int K>
-    __device__ void add(const Block& block, const uint8_t* slot, const int (&input)[SETS], int segment,
-                        int in_segment) {
+    __device__ void add(const Block& block, const uint8_t* slot, int input, int segment, int in_segment) {
+        const int at = 2 * segment * SEGMENT + in_segment;  // bytes before the slot's in a row's plane
+        const uint8_t* planes[2] = {block.memory + input + at, block.memory + (input ^ 64) + at};
         const uint8_t* scales = slot - block.lane() * 16 + K * M::BITS / 8 * TILE_ROWS;
         int products[SETS][4] = {};
 #pragma unroll(SETS == 1 ? 4 : 2)  // registers are short
@@ -84,7 +83,9 @@ class Unit<M, true> {
             Codes<M>::load(slot, block64, a);
             uint4 b[SETS];
             for (int set = 0; set < SETS; ++set) {
-                b[set] = load_planes(block, input[set], segment, in_segment / 64 + block64);
+                // {x, y} and {z, w} are the B fragments of two steps; odd blocks lie as plane_offset() says.
+                const int offset = block64 / 2 * 128 + 8 * set * ACTIVATION_STRIDE;
+                b[set] = *reinterpret_cast<const uint4*>(planes[block64 % 2] + offset);
             }
 #pragma unroll
             for (int step = 0; step < 2; ++step) {
@@ -103,24 +104,19 @@ class Unit<M, true> {
 
     __device__ float seen() const { return sum_[0][0] + sum_[0][1]; }
 
-    __device__ void finish(const Block& block, int segment, float* part) const {
+    template <class Take>
+    __device__ void finish(const Block& block, int segment, Take take) const {
         const int output = block.lane() / 4;
         for (int set = 0; set < SETS; ++set) {
             const int row = block.lane() % 4 + 4 * set;
             if (row >= ROWS) continue;
             const float scale = block.scales()->segment[row * MAX_SEGMENTS + segment];
-            part[row * TILE_ROWS + output] = sum_[set][0] * scale;
-            part[row * TILE_ROWS + output + 8] = sum_[set][1] * scale;
+            take(row * TILE_ROWS + output, sum_[set][0] * scale);
+            take(row * TILE_ROWS + output + 8, sum_[set][1] * scale);
         }
     }
 
   private:
-    // Of two steps the B fragments: {x, y} and {z, w}.
-    static __device__ uint4 load_planes(const Block& block, int input, int segment, int block64) {
-        const int at = (block64 % 2 == 0 ? input : input ^ 64) + block64 / 2 * 128;  // as plane_offset()
-        return *reinterpret_cast<const uint4*>(block.memory + at + 2 * segment * SEGMENT);
-    }
-
     // Adds the finished products of a group and begins the next.
     __device__ void add_group(const Block& block, int (&products)[SETS][4], const uint8_t* scales,
                               int group) {
@@ -149,15 +145,15 @@ constexpr int ROUND =
 
 // The block's share of M, the matrix of `stage`, times its activations. When it is made it waits for the
 // first weights. Then, for each part() of the input: the activations in place and a barrier, run(), and
-// next_part(). All threads do so. Unit u of a part is warp u % WARPS's, in the stream's order too.
+// next_part(). All threads do so. A warp takes units in the stream's order, see Cursor.
 template <class M>
 class Products {
   public:
     __device__ Products(Block& block, Stage stage)
         : partition_(block.shared()->partition[stage]),
-          tiles_(block.own_tiles(stage)),
-          line_(opaque(block.lane() * 16)) {
-        for (int set = 0; set < Unit<M>::SETS; ++set) input_[set] = opaque(Unit<M>::input_of(block, set));
+          tiles_(partition_.tiles()),
+          line_(opaque(block.lane() * 16)),
+          input_(opaque(Unit<M>::input_of(block))) {
         begin(block, M::SPLIT ? partition_.first_part() : 0);
     }
 
@@ -170,19 +166,20 @@ class Products {
         return true;
     }
 
-    // Rounds take turns with two buffers: whoever adds up a round is done with it before anyone begins the
-    // next but one. start, epilogue: see add_segments().
+    // Nobody uses the activations any more when it returns. Rounds take turns with two buffers: whoever adds
+    // up a round is done with it before anyone begins the next but one. start, epilogue: see add_segments().
     template <class Start, class Epilogue>
     __device__ void run(Block& block, Start start, Epilogue epilogue) {
         const int units = tiles_ * segments();
+        if constexpr (M::SPLIT) run_whole_tiles(block, start, epilogue);
         int parity = 0;
-        for (int first = 0; first < units; first += ROUND<M>) {
+        for (int first = whole_tiles() * segments(); first < units; first += ROUND<M>) {
             const int last = min_of(first + ROUND<M>, units);
             float* sums = block.shared()->part + parity * ROUND_UNITS * ROWS * TILE_ROWS;
             for (int unit = first + (block.warp() - first & (WARPS - 1)); unit < last; unit += WARPS) {
-                multiply(block, unit % segments(), sums + (unit - first) * ROWS * TILE_ROWS);
-                if (unit + WARPS < units) slot_ = block.stream.wait() + line_;
-                block.stream.refill();
+                float* of_unit = sums + (unit - first) * ROWS * TILE_ROWS;
+                multiply(block, unit % segments(), [&](int place, float sum) { of_unit[place] = sum; });
+                leave_unit(block, unit + WARPS < units);
             }
             sync_threads<THREADS>();
             add_segments(block, sums, first, last, parity, start, epilogue);
@@ -196,12 +193,53 @@ class Products {
     // Waits for the warp's first slot, which does not depend on the input: that may arrive meanwhile.
     __device__ void begin(Block& block, int part) {
         part_ = part;
-        if (block.warp() < tiles_ * segments()) slot_ = block.stream.wait() + line_;
+        if (block.warp() < whole_tiles() || has_units(block)) slot_ = block.stream.wait() + line_;
+    }
+
+    __device__ int whole_tiles() const { return M::SPLIT ? partition_.whole_tiles() : 0; }
+
+    // Besides whole tiles.
+    __device__ bool has_units(const Block& block) const {
+        return block.warp() < (tiles_ - whole_tiles()) * segments();
+    }
+
+    // Waits for the first slot of the warp's next unit, if it has `more`, and fetches over borders.
+    __device__ void leave_unit(Block& block, bool more) {
+        if (more) slot_ = block.stream.wait() + line_;
+        block.stream.refill();
+    }
+
+    // A warp adds up a tile's segments as they come. It needs a part of the second round's buffer, for a
+    // moment, to hand them to half warps.
+    template <class Start, class Epilogue>
+    __device__ void run_whole_tiles(Block& block, Start start, Epilogue epilogue) {
+        float* sums = block.shared()->part + (ROUND_UNITS + block.warp()) * ROWS * TILE_ROWS;
+        for (int tile = block.warp(); tile < whole_tiles(); tile += WARPS) {
+            for (int segment = 0; segment < segments(); ++segment) {
+                const bool last = segment + 1 == segments();
+                multiply(block, segment,
+                         [&](int place, float sum) { sums[place] = segment == 0 ? sum : sums[place] + sum; });
+                leave_unit(block, !last || tile + WARPS < whole_tiles() || has_units(block));
+            }
+            __syncwarp();
+            const int thread = block.thread;
+            block.thread = opaque(thread);
+            for (int first = 0; first < num_rows(block.args); first += 2) {
+                const bool valid = first + block.lane() / 16 < num_rows(block.args);
+                const int row = valid ? first + block.lane() / 16 : first;
+                const float sum = sums[row * TILE_ROWS + block.lane() % TILE_ROWS];
+                epilogue(tile, tile_of(tile), row, start(tile, row) + sum, valid);
+            }
+            block.thread = thread;
+            __syncwarp();  // the sums are read before the next tile's come
+        }
+        if (whole_tiles() == tiles_) sync_threads<THREADS>();
     }
 
     // Of what the block holds.
     __device__ int segments() const {
-        return M::SPLIT ? min_of(M::IN_PART, M::SEGMENTS - part_ * M::IN_PART) : M::SEGMENTS;
+        constexpr bool EVEN = !M::SPLIT || M::SEGMENTS == M::PARTS * M::IN_PART;
+        return EVEN ? M::HELD_SEGMENTS : min_of(M::IN_PART, M::SEGMENTS - part_ * M::IN_PART);
     }
 
     __device__ int tile_of(int own_tile) const {
@@ -209,12 +247,14 @@ class Products {
                         : blockIdx.x + own_tile * gridDim.x;
     }
 
-    // Multiplies a unit, whose first slot is there, into sums[row][output of the tile]. `segment` counts in
-    // what the block holds.
-    __device__ void multiply(Block& block, int segment, float* sums) {
+    // Multiplies a unit, whose first slot is there. take: see Unit::finish(). `segment` counts in what the
+    // block holds.
+    template <class Take>
+    __device__ void multiply(Block& block, int segment, Take take) {
         Unit<M> unit;
         const int first = ((M::SPLIT ? part_ * M::IN_PART : 0) + segment) * M::SLOTS_PER_SEGMENT;
-        const int last = min_of(first + M::SLOTS_PER_SEGMENT, M::SLOTS);
+        const int last =
+            M::SLOTS_PER_SEGMENT == 1 ? first + 1 : min_of(first + M::SLOTS_PER_SEGMENT, M::SLOTS);
 #pragma unroll 1
         for (int slot = first; slot < last; ++slot) {
             const int in_segment = (slot - first) * M::SLOT_K;
@@ -226,34 +266,39 @@ class Products {
             block.stream.release(unit.seen());
             if (slot + 1 < last) slot_ = block.stream.wait() + line_;
         }
-        unit.finish(block, segment, sums);
+        unit.finish(block, segment, take);
     }
 
     // Adds the segments of units [first, last) in ascending order, those of a part from zero, and the parts,
     // in ascending order too, to start(own tile, row). A tile that is complete goes to epilogue(own tile,
-    // tile, row, value, valid) in half warps, lane % 16 being the output, as for_half_warps() says. Of the
+    // tile, row, value, valid) in half warps, lane % 16 being the output, as for_rows_of_tiles() says. Of the
     // one tile that goes on in the next round both sums are carried.
     template <class Start, class Epilogue>
     __device__ void add_segments(Block& block, const float* sums, int first, int last, int parity,
                                  Start start, Epilogue epilogue) const {
         const int first_tile = first / segments(), thread = block.thread;
-        const int jobs = (ceil_div(last, segments()) - first_tile) * num_rows(block.args);
+        const int tiles = ceil_div(last, segments()) - first_tile;
         block.thread = opaque(thread);  // what follows from it is not computed ahead, by warps without a job
         const int output = block.thread % TILE_ROWS;
-        for_half_warps(block, jobs, [&](int job, bool valid) {
-            const int tile = first_tile + job / num_rows(block.args), row = job % num_rows(block.args);
+        for_rows_of_tiles(block, tiles, [&](int in_round, int row, bool valid) {
+            const int tile = first_tile + in_round;
             const int tile_begin = tile * segments(), tile_end = tile_begin + segments();
             const auto segment = [&](int unit) {
                 return sums[((unit - first) * ROWS + row) * TILE_ROWS + output];
             };
-            float sum = 0.0f;
-            if constexpr (HELD_PARTS == 1 && M::SEGMENTS % M::HELD_SEGMENTS == 0 &&
-                          ROUND<M> % M::HELD_SEGMENTS == 0) {
+            if constexpr (M::SEGMENTS == M::PARTS * M::IN_PART && ROUND<M> % M::HELD_SEGMENTS == 0) {
+                float x = start(tile, row);
 #pragma unroll
-                for (int i = 0; i < M::HELD_SEGMENTS; ++i) sum += segment(tile_begin + i);
-                epilogue(tile, tile_of(tile), row, start(tile, row) + sum, valid);
+                for (int part = 0; part < HELD_PARTS; ++part) {
+                    float sum = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < M::IN_PART; ++i) sum += segment(tile_begin + part * M::IN_PART + i);
+                    x += sum;
+                }
+                epilogue(tile, tile_of(tile), row, x, valid);
                 return;
             }
+            float sum = 0.0f;
             constexpr int ROUND_CARRY = 2 * ROWS * TILE_ROWS;
             float* carry = block.shared()->carry + row * TILE_ROWS + output;
             const int begin = max_of(first, tile_begin), end = min_of(last, tile_end);
@@ -280,8 +325,7 @@ class Products {
     }
 
     const Partition& partition_;
-    const int tiles_, line_;  // the block's of a part; where in a line the lane's 16 bytes are
-    int input_[Unit<M>::SETS];
-    int part_;             // that the block is at
-    const uint8_t* slot_;  // that waits to be multiplied
+    const int tiles_, line_, input_;  // the block's of a part; the lane's in a line and in the activations
+    int part_;                        // that the block is at
+    const uint8_t* slot_;             // that waits to be multiplied
 };

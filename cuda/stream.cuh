@@ -41,39 +41,45 @@ constexpr int SLOT_CAPACITY = round_up(max_of(max_of(max_of(QkvProj::SLOT_BYTES,
 
 constexpr int MAX_RING_SLOTS = 8;
 
-// How the grid shares out a matrix whose input is held in `parts`: block, block + gridDim.x, ... of the tiles
-// are a block's. If there are several parts, groups of blocks take different ones, and the blocks of a group
-// different tiles.
+// How the grid shares out a matrix: block, block + gridDim.x, ... of the tiles are a block's. If blocks hold
+// only a part of the input, groups of them take different ones, and the blocks of a group different tiles.
+// Of a part, whose tiles are short, the block's warps take one each as long as (nearly) all of them get one:
+// they need not wait for each other then. What is left, and long tiles, they share out by segments: else too
+// few rings would be busy at the end.
 class Partition {
   public:
-    __device__ void start(int parts) {
-        const int block = blockIdx.x, blocks = gridDim.x;
+    __device__ void start(const MatrixShape& shape) {
+        const int block = blockIdx.x, blocks = gridDim.x, parts = shape.held_parts;
         first_part_ = 0, part_step_ = 1, first_tile_ = block, tile_step_ = blocks;
-        if (parts <= 1) return;
-        part_step_ = min_of(parts, blocks);
-        first_tile_ = block / part_step_;
-        first_part_ = block - first_tile_ * part_step_;
-        tile_step_ = (blocks - first_part_ + part_step_ - 1) / part_step_;
+        if (parts > 1) {
+            part_step_ = min_of(parts, blocks);
+            first_tile_ = block / part_step_;
+            first_part_ = block - first_tile_ * part_step_;
+            tile_step_ = (blocks - first_part_ + part_step_ - 1) / part_step_;
+        }
+        tiles_ = (shape.tiles - first_tile() + tile_step() - 1) / tile_step();
+        const int left = tiles_ % WARPS;
+        whole_tiles_ = parts > 1 ? (left < WARPS * 3 / 4 ? tiles_ - left : tiles_) : 0;
     }
     __device__ int first_part() const { return SPLITS ? first_part_ : 0; }
     __device__ int part_step() const { return SPLITS ? part_step_ : 1; }
     __device__ int first_tile() const { return SPLITS ? first_tile_ : static_cast<int>(blockIdx.x); }
     __device__ int tile_step() const { return SPLITS ? tile_step_ : static_cast<int>(gridDim.x); }
 
-    // How many of a matrix's tiles are the block's. A division: to be asked once.
-    __device__ int count(int tiles) const { return (tiles - first_tile() + tile_step() - 1) / tile_step(); }
+    __device__ int tiles() const { return tiles_; }
+    __device__ int whole_tiles() const { return SPLITS ? whole_tiles_ : 0; }
 
   private:
     static constexpr bool SPLITS = OProj::SPLIT || DownProj::SPLIT;
-    int first_part_, part_step_, first_tile_, tile_step_;
+    int first_part_, part_step_, first_tile_, tile_step_, tiles_, whole_tiles_;
 };
 
 // ---- the order of a warp's stream ----
 
 // Walks over the slots that one warp consumes in a pass. In a stage with a matrix a block's work is, for each
 // part of the input that it holds, a list of units, one per (own tile, segment of k), segments innermost;
-// warp w takes units w, w + WARPS, ... of each part. In attention the units are the keys and then the values
-// of the warp's tile of each of the block's items.
+// warp w takes all those of whole tiles w, w + WARPS, ..., then units w, w + WARPS, ... of what is left. In
+// attention the units are the keys and then the values of the warp's tile of each of the block's items.
 class Cursor {
   public:
     __device__ void start(const PassArgs& args, int warp) {
@@ -123,26 +129,36 @@ class Cursor {
         matrix_ = stage_ == STAGE_LM_HEAD
                       ? args.lm_head
                       : args.layers + static_cast<uint64_t>(layer_) * LAYER_BYTES + shape.offset;
-        partition_.start(shape.held_parts);
+        partition_.start(shape);
         part_begin_ = partition_.first_part() * shape.held_segments;
         enter_part();
         return next_segment();
     }
 
     __device__ void enter_part() {
-        unit_ = partition_.first_tile();
-        segment_ = warp_ - WARPS;
+        unit_ = warp_, segment_ = -1;
+        leave_whole_tiles();
     }
 
-    // Here unit_ is the tile, counted in the matrix, segment_ the segment, counted in the part that begins
-    // with segment part_begin_.
+    // Goes on with what is left if it is beyond the whole tiles.
+    __device__ void leave_whole_tiles() {
+        if (unit_ >= partition_.whole_tiles()) unit_ = partition_.whole_tiles(), segment_ = warp_ - WARPS;
+    }
+
+    // Here unit_ is the tile, counted among the block's, segment_ the segment, counted in the part that
+    // begins with segment part_begin_.
     __device__ bool next_segment() {
         const MatrixShape& shape = SHAPES[stage_];
         for (;;) {
             const int segments = min_of(shape.held_segments, shape.segments - part_begin_);
-            for (segment_ += WARPS; segment_ >= segments; segment_ -= segments)
-                unit_ += partition_.tile_step();
-            if (unit_ < shape.tiles) break;
+            if (unit_ < partition_.whole_tiles()) {
+                if (++segment_ < segments) break;
+                unit_ += WARPS, segment_ = -1;
+                leave_whole_tiles();
+                continue;
+            }
+            for (segment_ += WARPS; segment_ >= segments; segment_ -= segments) ++unit_;
+            if (unit_ < partition_.tiles()) break;
             part_begin_ += partition_.part_step() * shape.held_segments;
             if (part_begin_ >= shape.segments) return false;
             enter_part();
@@ -150,7 +166,8 @@ class Cursor {
         const int segment = part_begin_ + segment_;
         const bool ends_tile = segment + 1 == shape.segments;
         const int slot = segment * shape.slots_per_segment;
-        next_ = matrix_ + static_cast<uint64_t>(unit_) * shape.tile_bytes + slot * shape.slot_bytes;
+        const int tile = partition_.first_tile() + unit_ * partition_.tile_step();
+        next_ = matrix_ + static_cast<uint64_t>(tile) * shape.tile_bytes + slot * shape.slot_bytes;
         slot_bytes_ = shape.slot_bytes;
         last_bytes_ = ends_tile ? shape.tail_bytes : shape.slot_bytes;
         slots_left_ = ends_tile ? shape.slots - slot : shape.slots_per_segment;

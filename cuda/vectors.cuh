@@ -8,7 +8,7 @@
 // key_scales(): what a product of the two is worth, for the keys of positions 2 t and 2 t + 1;
 // value_piece(): where 16 bytes of a value are that the lane gives to load_transposed();
 // value_tile(): A operand of 16 dimensions by 8 positions, of LOAD_TILES that one load brings; row g of half
-//   h is dimension dimension(h) of the tile;
+//   h is dimension first_dimension(lane) + h HALF_STEP of the tile;
 // value_scales(), weigh(): B operand for it, from the probabilities of positions 2 t and 2 t + 1. Lane i has
 //   given the value of position i % 8;
 // order_pairs(): of a tile's two halves, transposed (rows 2 t and 2 t + 1 of query g), pairs of neighbouring
@@ -32,11 +32,11 @@ struct VectorFormat<16> {
 
     static __device__ void put_key(const HeadVector& vector, uint8_t* target, int position) {
         vector.round(reinterpret_cast<uint16_t*>(target),
-                     [=](int d) { return rotated(d, position, KEY_ROTATION); });
+                     [=](int d) { return rotated(d / 8, position, KEY_ROTATION) * 8 + d % 8; });
     }
     static __device__ void put_value(const HeadVector& vector, uint8_t* target, int position) {
         vector.round(reinterpret_cast<uint16_t*>(target),
-                     [=](int d) { return rotated(d, position, VALUE_ROTATION); });
+                     [=](int d) { return rotated(d / 8, position, VALUE_ROTATION) * 8 + d % 8; });
     }
 
     static __device__ uint4 load_query(const uint16_t* query, int j) {
@@ -45,21 +45,23 @@ struct VectorFormat<16> {
         return *reinterpret_cast<const uint4*>(query + d);
     }
     static __device__ uint4 load_key(const uint8_t* key, int j, int turn) {
-        const int d = 32 * j + 8 * (threadIdx.x % 4);
-        if (HEAD_DIM % 32 != 0 && d >= HEAD_DIM) return make_uint4(0, 0, 0, 0);
-        return *reinterpret_cast<const uint4*>(key + 2 * rotated(d, turn, KEY_ROTATION));
+        const int piece = 4 * j + threadIdx.x % 4;
+        if (HEAD_DIM % 32 != 0 && piece >= HEAD_DIM / 8) return make_uint4(0, 0, 0, 0);
+        return *reinterpret_cast<const uint4*>(key + 16 * rotated(piece, turn, KEY_ROTATION));
     }
     static __device__ void key_scales(const uint8_t*, float (&scales)[2]) {
         scales[0] = scales[1] = SCORE_SCALE;
     }
 
     static __device__ const uint8_t* value_piece(const uint8_t* value, int i, int turn) {
-        return value + 2 * rotated(min_of(8 * i, HEAD_DIM - 8), turn, VALUE_ROTATION);
+        return value +
+               16 * rotated(HEAD_DIM % 16 == 0 ? i : min_of(i, HEAD_DIM / 8 - 1), turn, VALUE_ROTATION);
     }
     static __device__ void value_tile(const uint32_t (&loaded)[2], int, uint32_t seen, uint32_t (&a)[2]) {
         a[0] = loaded[0] & seen, a[1] = loaded[1] & seen;
     }
-    static __device__ int dimension(int half) { return threadIdx.x % 32 / 4 + 8 * half; }
+    static constexpr int HALF_STEP = 8;
+    static __device__ int first_dimension(int lane) { return lane / 4; }
     static __device__ void value_scales(const uint8_t*, float (&)[2]) {}
     static __device__ uint32_t weigh(uint32_t p, uint32_t, const float (&)[2]) { return p; }
 
@@ -67,10 +69,9 @@ struct VectorFormat<16> {
     static __device__ int pair_dimension(int i) { return 8 * i + 2 * (threadIdx.x % 4); }
 
   private:
-    // Where element `d` lies among HEAD_DIM.
-    static __device__ int rotated(int d, int position, int rotation) {
-        constexpr int PIECES = HEAD_DIM / 8;
-        return (d / 8 + rotation * position) % PIECES * 8 + d % 8;
+    // Where piece `piece` lies among all.
+    static __device__ uint32_t rotated(uint32_t piece, uint32_t position, uint32_t rotation) {
+        return (piece + rotation * position) % (HEAD_DIM / 8);
     }
 };
 
@@ -121,7 +122,8 @@ struct VectorFormat<8> {
     static __device__ void value_tile(const uint32_t (&loaded)[2], int tile, uint32_t, uint32_t (&a)[2]) {
         widen(loaded[tile], a[0], a[1]);
     }
-    static __device__ int dimension(int half) { return threadIdx.x % 32 / 4 * 2 + half; }
+    static constexpr int HALF_STEP = 1;
+    static __device__ int first_dimension(int lane) { return lane / 4 * 2; }
     static __device__ void value_scales(const uint8_t* value, float (&scales)[2]) {
         const float own = scale(value);
         for (int c = 0; c < 2; ++c) scales[c] = __shfl_sync(0xffffffff, own, column(c));

@@ -396,7 +396,7 @@ def compile_cubin(
 def compile_options(defines: dict[str, str], arch: str) -> tuple[str, ...]:
     """NVRTC's options; the arithmetic ones are part of the canonical order: no contraction, flush to zero."""
     fixed = (
-        f"-arch={arch}{'a' if defines.get('WGMMA') == '1' else ''}",
+        f"-arch={arch}{'a' if '1' in (defines.get('WGMMA'), defines.get('BULK_COPIES')) else ''}",
         "-std=c++17",
         "-default-device",
         "-fmad=false",
