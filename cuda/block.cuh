@@ -162,10 +162,7 @@ __device__ __forceinline__ void prepare_shared(uint8_t* memory) {
     if (threadIdx.x < NUM_STAGES) {
         tail.partition[threadIdx.x].start(SHAPES[threadIdx.x]);
     }
-    if (threadIdx.x == NUM_STAGES) {
-        const int blocks = gridDim.x;
-        tail.residual_tiles = (HIDDEN_TILES - static_cast<int>(blockIdx.x) + blocks - 1) / blocks;
-    }
+    if (threadIdx.x == NUM_STAGES) tail.residual_tiles = own_share(HIDDEN_TILES);
 #if BULK_COPIES
     if (threadIdx.x == 0) tail.ring.initialize();
 #endif

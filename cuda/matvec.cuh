@@ -77,26 +77,31 @@ class Unit<M, true> {
         const uint8_t* planes[2] = {block.memory + input + at, block.memory + (input ^ 64) + at};
         const uint8_t* scales = slot - block.lane() * 16 + K * M::BITS / 8 * TILE_ROWS;
         int products[SETS][4] = {};
-#pragma unroll(SETS == 1 ? 4 : 2)  // registers are short
-        for (int block64 = 0; block64 < K / 64; ++block64) {
-            uint32_t a[2][4];
-            Codes<M>::load(slot, block64, a);
-            uint4 b[SETS];
-            for (int set = 0; set < SETS; ++set) {
-                // {x, y} and {z, w} are the B fragments of two steps; odd blocks lie as plane_offset() says.
-                const int offset = block64 / 2 * 128 + 8 * set * ACTIVATION_STRIDE;
-                b[set] = *reinterpret_cast<const uint4*>(planes[block64 % 2] + offset);
-            }
+#pragma unroll(SETS == 1 ? 2 : 1)  // registers are short
+        for (int pair = 0; pair < ceil_div(K, 128); ++pair) {
 #pragma unroll
-            for (int step = 0; step < 2; ++step) {
+            for (int odd = 0; odd < 2; ++odd) {
+                const int block64 = 2 * pair + odd;
+                if (K % 128 != 0 && block64 == K / 64) break;
+                uint32_t a[2][4];
+                Codes<M>::load(slot, block64, a);
+                uint4 b[SETS];
                 for (int set = 0; set < SETS; ++set) {
-                    Codes<M>::multiply(products[set], a[step], step == 0 ? b[set].x : b[set].z,
-                                       step == 0 ? b[set].y : b[set].w);
+                    // {x, y} and {z, w} are the B fragments of two steps.
+                    const int offset = 128 * pair + 8 * set * ACTIVATION_STRIDE;
+                    b[set] = *reinterpret_cast<const uint4*>(planes[odd] + offset);
                 }
-                const int k = 64 * block64 + 32 * step, group = k / M::GROUP;
-                if ((k + 32) % M::GROUP == 0 || k + 32 == K) {
-                    add_group(block, products, scales + group * TILE_ROWS * M::SCALE_BYTES,
-                              (segment * SEGMENT + in_segment) / M::GROUP + group);
+#pragma unroll
+                for (int step = 0; step < 2; ++step) {
+                    for (int set = 0; set < SETS; ++set) {
+                        Codes<M>::multiply(products[set], a[step], step == 0 ? b[set].x : b[set].z,
+                                           step == 0 ? b[set].y : b[set].w);
+                    }
+                    const int k = 64 * odd + 32 * step, group = 128 / M::GROUP * pair + k / M::GROUP;
+                    if ((k + 32) % M::GROUP == 0 || (K % 128 != 0 && 128 * pair + k + 32 == K)) {
+                        add_group(block, products, scales + group * TILE_ROWS * M::SCALE_BYTES,
+                                  (segment * SEGMENT + in_segment) / M::GROUP + group);
+                    }
                 }
             }
         }

@@ -41,6 +41,12 @@ constexpr int SLOT_CAPACITY = round_up(max_of(max_of(max_of(QkvProj::SLOT_BYTES,
 
 constexpr int MAX_RING_SLOTS = 8;
 
+// How many of this block, block + gridDim.x, ... are below `count`.
+__device__ __forceinline__ int own_share(int count) {
+    const int block = blockIdx.x, blocks = gridDim.x;
+    return (count - block + blocks - 1) / blocks;
+}
+
 // How the grid shares out a matrix: block, block + gridDim.x, ... of the tiles are a block's. If blocks hold
 // only a part of the input, groups of them take different ones, and the blocks of a group different tiles.
 // Of a part, whose tiles are short, the block's warps take one each as long as (nearly) all of them get one:

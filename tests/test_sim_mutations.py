@@ -47,7 +47,7 @@ ARITHMETIC = functools.partial(Edit, "arithmetic.cuh")
 VECTORS = functools.partial(Edit, "vectors.cuh")
 MATVEC = functools.partial(Edit, "matvec.cuh")
 PASS = functools.partial(Edit, "ffmini.cu")
-ONE_ROW = "one row"  # a build besides BULK and COPY
+ONE_ROW, WHOLE = "one row", "whole tiles"  # builds besides BULK and COPY
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(i))"
 MISSING = "packet[i].w != tag"
@@ -167,7 +167,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "a group's tiles all from the first on": (BULK, [STREAM("block / part_step_", "0")]),
     "a part's tiles as the grid's": (BULK, [MATVEC(TILE_STEP, GRID, f"own_tile * {TILE_STEP}")]),
-    "a part's tiles as the grid's in the stream": (BULK, [STREAM(TILE_STEP, GRID, f"unit_ += {TILE_STEP}")]),
+    "a part's tiles as the grid's in the stream": (BULK, [STREAM(TILE_STEP, GRID, f"unit_ * {TILE_STEP}")]),
     "the next part instead of the group's": (
         BULK,
         [STREAM("partition_.part_step()", "1", "part_begin_ += partition_.part_step()")],
@@ -329,6 +329,23 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         [Edit("ffmini.cu", "items.splits(item.row) == 1", "items.splits(0) == 1")],
     ),
     "a finished row merged": (BULK, [Edit("ffmini.cu", "items.splits(row) == 1", "false")]),
+    # Whole tiles: the stream,
+    "a tile's segments shared out too": (WHOLE, [STREAM("unit_ < partition_.whole_tiles()", "false")]),
+    "a tile for every other warp": (WHOLE, [STREAM("unit_ += WARPS", "unit_ += 2 * WARPS")]),
+    "whole tiles fetched once more": (
+        WHOLE,
+        [
+            STREAM(
+                "unit_ = partition_.whole_tiles()",
+                "unit_ = 0",
+                "unit_ = partition_.whole_tiles(), segment_ =",
+            )
+        ],
+    ),
+    # ... and their sums.
+    "the last segment for the tile": (WHOLE, [MATVEC("segment == 0 ? sum : sums[place] + sum", "sum")]),
+    "another warp's sums": (WHOLE, [MATVEC("ROUND_UNITS + block.warp()", "ROUND_UNITS")]),
+    "whole tiles once more": (WHOLE, [MATVEC("first = whole_tiles() * segments()", "first = 0")]),
     # Lanes and memory.
     "half a warp does not shuffle": (
         BULK,
@@ -351,7 +368,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "segments of a batch in one place": (BULK, [Edit("activations.cuh", "unit += WARPS", "unit += 0")]),
     # Keys and values.
-    "keys as values are rotated": (BULK, [VECTORS("rotated(d, turn, KEY_ROTATION)", "rotated(d, turn, 1)")]),
+    "keys as values are rotated": (BULK, [VECTORS("rotated(piece, turn, KEY_ROTATION)", "rotated(piece, turn, 1)")]),
     "what the row does not see is not hidden": (BULK, [VECTORS("loaded[0] & seen", "loaded[0]")]),
     "the largest of a lane for all": (INT8_KV_BUILD, [ARITHMETIC("warp_max(largest)", "largest")]),
     "codes of another scale": (INT8_KV_BUILD, [ARITHMETIC("1.0f / 127", "1.0f / 128")]),
@@ -366,7 +383,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "even codes twice": (INT8_KV_BUILD, [VECTORS("codes >> 8", "codes")]),
     "dimensions of bf16": (
         INT8_KV_BUILD,
-        [VECTORS("threadIdx.x % 32 / 4 * 2 + half", "threadIdx.x % 32 / 4 + 8 * half")],
+        [VECTORS("lane / 4 * 2", "lane / 4")],
     ),
     "the scale not appended": (
         INT8_KV_BUILD,
@@ -407,6 +424,15 @@ UNSEEN = [
 
 SEEN = [place for place in BARRIERS if place not in {place_after(SOURCES, *barrier) for barrier in UNSEEN}]
 
+# Those of Products::run_whole_tiles().
+WHOLE_BARRIERS = {
+    place
+    for place, match in BARRIERS.items()
+    if place.startswith("matvec.cuh")
+    and "run_whole_tiles(Block&" in SOURCES["matvec.cuh"][: match.start()]
+    and "Of what the block holds." in SOURCES["matvec.cuh"][match.start() :]
+}
+
 # Every mistake that the builds of mutable_source() can make.
 MISTAKES: dict[str, list[Change]] = {
     **{name: [change(SOURCES, edit) for edit in edits] for name, (_, edits) in (MUTATIONS | LEAVING).items()},
@@ -417,6 +443,8 @@ MISTAKES: dict[str, list[Change]] = {
 
 def ring_of(place: str) -> str:
     """The build that has the code of `place`."""
+    if place in WHOLE_BARRIERS:
+        return WHOLE
     at, text = BARRIERS[place].start(), SOURCES["stream.cuh"]
     copies = range(text.index("class CopyRing"), text.index("struct BulkState"))
     return COPY if place.startswith("stream.cuh") and at in copies else BULK
@@ -523,6 +551,30 @@ class Mutable:
         return False
 
 
+class WholeTiles(Mutable):
+    """Two rows, whose products have parts of 24 tiles: some blocks have 12 of them, some all."""
+
+    CASE = Case(
+        "llama2",
+        "int8",
+        rows=2,
+        changes={
+            "hidden_size": 376,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+            "intermediate_size": 400,
+            "vocab_size": 64,
+        },
+    )
+    PART_SEGMENTS = 1
+
+    def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
+        """And the squares of the residual stream, as OneRow's."""
+        yield deep_logits(decoder, self.tokens[:2], 2)
+        yield decoder.stages()[-1]["hidden_squares"]
+
+
 class OneRow(Mutable):
     """The build for one row: down_proj's input has three parts, and some of its tiles go over two rounds."""
 
@@ -548,13 +600,13 @@ def mutable(
 
     @functools.cache
     def make(name: str) -> Mutable:
-        kind = OneRow if name == ONE_ROW else Mutable
-        return kind(pack(kind.CASE), cuda, BULK if name == ONE_ROW else name)
+        kind = {ONE_ROW: OneRow, WHOLE: WholeTiles}.get(name, Mutable)
+        return kind(pack(kind.CASE), cuda, name if kind is Mutable else BULK)
 
     return make
 
 
-@pytest.mark.parametrize("ring", [BULK, COPY, INT8_KV_BUILD, ONE_ROW])
+@pytest.mark.parametrize("ring", [BULK, COPY, INT8_KV_BUILD, ONE_ROW, WHOLE])
 def test_no_mutation_is_right(mutable: Callable[[str], Mutable], ring: str) -> None:
     """In a child too, where mistakes are tried."""
     build = mutable(ring)

@@ -101,9 +101,7 @@ __device__ __forceinline__ bool attention(Block& block, int layer, const LayerPa
                                           int where) {
     if (!gather<FROM_QKV, QKV_PACKETS>(block, packets.qkv(), tag, where)) return false;
     const float touched = consume_cache(block, layer);
-    Partition heads;
-    heads.start(1);
-    send<FROM_ATTENTION, HEAD_PACKETS>(block, packets.attention(), heads.count(NUM_HEADS), tag, touched);
+    send<FROM_ATTENTION, HEAD_PACKETS>(block, packets.attention(), own_share(NUM_HEADS), tag, touched);
     return true;
 }
 
