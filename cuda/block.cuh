@@ -157,14 +157,17 @@ struct Block {
 
 // What must stand in shared memory before anything else. All threads of the block call it and may read it
 // when it returns.
-__device__ __forceinline__ void prepare_shared(uint8_t* memory) {
+__device__ __forceinline__ void prepare_shared(const PassArgs& args, uint8_t* memory) {
     SharedTail& tail = *Block::tail(memory);
     if (threadIdx.x < NUM_STAGES) {
         tail.partition[threadIdx.x].start(SHAPES[threadIdx.x]);
     }
     if (threadIdx.x == NUM_STAGES) tail.residual_tiles = own_share(HIDDEN_TILES);
+    for (int entry = threadIdx.x; entry < ItemTable::ENTRIES; entry += BLOCK_THREADS) {
+        tail.ring.items.start(args, entry);
+    }
 #if BULK_COPIES
-    if (threadIdx.x == 0) tail.ring.initialize();
+    if (threadIdx.x == THREADS - 1) tail.ring.initialize();  // thread 0 has begun with the items
 #endif
     __syncthreads();
 }

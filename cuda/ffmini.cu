@@ -350,7 +350,7 @@ __device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
 __device__ __forceinline__ bool attention(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
-    const ItemList items(block.args, layer);
+    const ItemList items(block.shared()->ring.items, layer);
     const int blocks = static_cast<int>(gridDim.x);
     for (int i = items.first(); i < items.count(); i += blocks) {
         const Item item = items[i];
@@ -504,7 +504,7 @@ __device__ __forceinline__ bool run_pass(Block& block) {
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     ffmini_pass(const __grid_constant__ PassArgs args) {
     extern __shared__ __align__(128) uint8_t shared_memory[];
-    prepare_shared(shared_memory);
+    prepare_shared(args, shared_memory);
 #if BULK_COPIES
     if (threadIdx.x >= THREADS) {
         give_up_registers<FETCH_REGISTERS>();

@@ -5,7 +5,23 @@
 
 #include "config.cuh"
 
-__constant__ int WINDOWS[NUM_LAYERS] = {LAYER_WINDOWS};  // positions in sight, the row's own included; 0: all
+// How many positions the rows of a layer have in sight, their own included; 0: all. Windows come in a few
+// kinds, numbered as the layers come.
+struct LayerWindows {
+    int kinds = 0;
+    int kind[NUM_LAYERS] = {}, of_kind[NUM_LAYERS] = {};
+
+    constexpr LayerWindows() {
+        constexpr int WINDOW[NUM_LAYERS] = {LAYER_WINDOWS};
+        for (int layer = 0; layer < NUM_LAYERS; ++layer) {
+            while (kind[layer] < kinds && of_kind[kind[layer]] != WINDOW[layer]) ++kind[layer];
+            if (kind[layer] == kinds) of_kind[kinds++] = WINDOW[layer];
+        }
+    }
+    __device__ int operator[](int layer) const { return of_kind[kind[layer]]; }
+};
+constexpr int WINDOW_KINDS = LayerWindows().kinds;
+__constant__ LayerWindows WINDOWS = LayerWindows();
 
 // What a row of the pass attends to.
 struct Span {
@@ -13,6 +29,7 @@ struct Span {
     int fresh_from;   // its position: from here on K and V are in this pass's packets
     int first, last;  // visible positions, both included
 
+    Span() = default;
     __device__ Span(const PassArgs& args, int row, int window) {
         first_row = row;
         while (first_row > 0 && args.rows[first_row - 1].slot == args.rows[row].slot) --first_row;
@@ -62,39 +79,62 @@ struct SlotRows {
     __device__ int items() const { return (end - first) * splits * ITEM_GROUPS; }
 };
 
+// What the items of a pass follow from, for each kind of window: worked out once, asked for in every layer by
+// whoever fetches keys and values and whoever multiplies them.
+struct ItemTable {
+    static constexpr int ENTRIES = WINDOW_KINDS * ROWS;
+    static constexpr int NO_SLOT = 0x7fffffff;
+
+    Span span[WINDOW_KINDS][ROWS];
+    int before[WINDOW_KINDS][ROWS];  // items of earlier slots, at a slot's first row; NO_SLOT at other rows
+    int rows[WINDOW_KINDS][ROWS];    // of the slot, there too
+    int count[WINDOW_KINDS];         // of all items
+
+    // By thread `entry` of ENTRIES; the block's next barrier shows it.
+    __device__ void start(const PassArgs& args, int entry) {
+        const int kind = entry / ROWS, own = entry % ROWS, window = WINDOWS.of_kind[kind];
+        before[kind][own] = NO_SLOT;
+        if (own < num_rows(args)) span[kind][own] = Span(args, own, window);
+        int items = 0;
+        for (int row = 0; row < num_rows(args);) {
+            const SlotRows slot(args, row, window);
+            if (row == own) before[kind][own] = items, rows[kind][own] = slot.end - row;
+            items += slot.items();
+            row = slot.end;
+        }
+        if (own == 0) count[kind] = items;
+    }
+};
+
 // The items of one layer, slot by slot. A block takes first(), first() + gridDim.x, ...: another block begins
 // in each layer, so that short contexts burden all blocks alike.
 class ItemList {
   public:
-    __device__ ItemList(const PassArgs& args, int layer)
-        : args_(args), window_(WINDOWS[layer]), layer_(layer) {
-        for (int row = 0; row < num_rows(args);) {
-            const SlotRows rows(args, row, window_);
-            count_ += rows.items();
-            row = rows.end;
-        }
-    }
+    __device__ ItemList(const ItemTable& table, int layer)
+        : table_(table), kind_(WINDOW_KINDS == 1 ? 0 : WINDOWS.kind[layer]), layer_(layer) {}
 
     // The absolute number of the row's first split, and how many it has.
-    __device__ int first_split(int row) const { return Span(args_, row, window_).first_split(); }
-    __device__ int splits(int row) const { return Span(args_, row, window_).splits(); }
-    __device__ int count() const { return count_; }
+    __device__ int first_split(int row) const { return table_.span[kind_][row].first_split(); }
+    __device__ int splits(int row) const { return table_.span[kind_][row].splits(); }
+    __device__ int count() const { return table_.count[kind_]; }
     __device__ int first() const {
         return static_cast<int>((blockIdx.x + static_cast<uint32_t>(layer_) * ITEM_GROUPS) % gridDim.x);
     }
 
     __device__ Item operator[](int index) const {
-        SlotRows rows(args_, 0, window_);
-        while (ROWS > 1 && index >= rows.items()) {
-            index -= rows.items();
-            rows = SlotRows(args_, rows.end, window_);
+        int row = 0;  // the first of the item's slot
+#pragma unroll
+        for (int other = 1; other < ROWS; ++other) {
+            if (index >= table_.before[kind_][other]) row = other;
         }
-        const int group = index % ITEM_GROUPS, turn = index / ITEM_GROUPS, count = rows.end - rows.first;
+        index -= table_.before[kind_][row];
+        const int group = index % ITEM_GROUPS, turn = index / ITEM_GROUPS;
+        const int rows = ROWS == 1 ? 1 : table_.rows[kind_][row];
         Item item;
-        item.row = rows.first + turn % count;
+        item.row = row + turn % rows;
         item.first_head = group / HEAD_GROUPS * HEADS_PER_KV + group % HEAD_GROUPS * ITEM_HEADS;
-        item.split = turn / count;
-        const Span span(args_, item.row, window_);
+        item.split = turn / rows;
+        const Span span = table_.span[kind_][item.row];
         const int block = span.first_split() + item.split;
         item.begin = max_of(block * KV_BLOCK, span.first);
         item.end = min_of((block + 1) * KV_BLOCK, span.last + 1);
@@ -104,7 +144,6 @@ class ItemList {
     }
 
   private:
-    const PassArgs& args_;
-    int window_, layer_;
-    int count_ = 0;
+    const ItemTable& table_;
+    int kind_, layer_;
 };

@@ -214,8 +214,9 @@ class Products {
         block.stream.refill();
     }
 
-    // A warp adds up a tile's segments as they come. It needs a part of the second round's buffer, for a
-    // moment, to hand them to half warps.
+    // A warp adds up a tile's segments as they come, in its part of the second round's buffer, where half
+    // warps find them. They have read the sums when the next tile's come: the warp meets before it gives a
+    // slot back.
     template <class Start, class Epilogue>
     __device__ void run_whole_tiles(Block& block, Start start, Epilogue epilogue) {
         float* sums = block.shared()->part + (ROUND_UNITS + block.warp()) * ROWS * TILE_ROWS;
@@ -236,7 +237,6 @@ class Products {
                 epilogue(tile, tile_of(tile), row, start(tile, row) + sum, valid);
             }
             block.thread = thread;
-            __syncwarp();  // the sums are read before the next tile's come
         }
         if (whole_tiles() == tiles_) sync_threads<THREADS>();
     }

@@ -88,7 +88,8 @@ class Partition {
 // attention the units are the keys and then the values of the warp's tile of each of the block's items.
 class Cursor {
   public:
-    __device__ void start(const PassArgs& args, int warp) {
+    __device__ void start(const PassArgs& args, const ItemTable& items, int warp) {
+        items_ = &items;
         warp_ = warp, layer_ = first_layer(args);
         stage_ = layer_ == NUM_LAYERS ? STAGE_LM_HEAD : STAGE_QKV;
         if (!enter_stage(args)) cross(args);
@@ -182,7 +183,7 @@ class Cursor {
 
     // Here unit_ counts the block's items twice: keys, values.
     __device__ bool next_keys_or_values(const PassArgs& args) {
-        const ItemList items(args, layer_);
+        const ItemList items(*items_, layer_);
         for (;;) {
             ++unit_;
             const int index = items.first() + unit_ / 2 * static_cast<int>(gridDim.x);
@@ -199,6 +200,7 @@ class Cursor {
         }
     }
 
+    const ItemTable* items_;
     const uint8_t* next_;
     int slots_left_;  // of the unit; 0 where cross() must be called, and at the end of the stream
     int slot_bytes_, last_bytes_;
@@ -209,9 +211,10 @@ class Cursor {
 
 // ---- the rings: one for each warp, of SLOTS slots in shared memory ----
 
-// What CopyRing keeps in shared memory besides its slots: a cursor is looked at once per slot, and the
-// registers of a computing warp are short.
+// What CopyRing keeps in shared memory besides its slots: the pass's items; a cursor, because it is looked at
+// once per slot, and the registers of a computing warp are short.
 struct CopyState {
+    ItemTable items;
     Cursor cursor[WARPS];
 };
 
@@ -224,7 +227,7 @@ class CopyRing {
         : args_(args),
           cursor_(state.cursor[threadIdx.x / 32]),
           slots_(slots + threadIdx.x / 32 * SLOTS * SLOT_CAPACITY) {
-        if (threadIdx.x % 32 == 0) cursor_.start(args_, threadIdx.x / 32);
+        if (threadIdx.x % 32 == 0) cursor_.start(args_, state.items, threadIdx.x / 32);
         refill();
     }
 
@@ -290,9 +293,10 @@ class CopyRing {
     int empty_ = SLOTS;        // given back and not filled
 };
 
-// What BulkRing keeps in shared memory besides its slots: for each slot, barriers whose phases end when it is
-// full and when it is empty again.
+// What BulkRing keeps in shared memory besides its slots: the pass's items; for each slot, barriers whose
+// phases end when it is full and when it is empty again.
 struct BulkState {
+    ItemTable items;
     uint64_t full[WARPS][MAX_RING_SLOTS];
     uint64_t empty[WARPS][MAX_RING_SLOTS];
     uint32_t abandoned;  // the block leaves the pass early
@@ -348,7 +352,7 @@ __device__ __forceinline__ void fill_rings(const PassArgs& args, BulkState& stat
     const int warp = (threadIdx.x - THREADS) / 32 * RINGS + threadIdx.x % 32;
     const uint64_t policy = evict_first_policy();
     Cursor cursor;
-    cursor.start(args, warp);
+    cursor.start(args, state.items, warp);
     uint8_t* ring = slots + warp * SLOTS * SLOT_CAPACITY;
     int tail = 0, oldest = 0, under_way = 0;      // slots: the next to be filled, the oldest under way
     uint32_t tail_parity = 1, oldest_parity = 0;  // before its first phase a slot counts as empty

@@ -215,7 +215,8 @@ def _shared_bytes(
     attention = 64 * min(512, heads * head_dim) + head_dim * (8 * heads + 12 * rows + 28) + 2048
     own_tiles = ceil_div(tiles, blocks)
     sums = 4096 if shared_limit > 200 * 1024 else 2048  # of a row: see ROUND_UNITS in cuda/block.cuh
-    tail = rows * (sums + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + 9216
+    items = (24 * rows + 4) * len(set(config.layer_windows))
+    tail = rows * (sums + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + items + 9216
     splits = ceil_div(max_seq_len, KV_BLOCK)
     merge = 8 * splits + 4 * head_dim * (ceil_div(splits, 16) + 2) + 4
     candidates = 8 * MAX_BLOCKS * LISTED + 4096 + 1280 * rows

@@ -323,6 +323,12 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         BULK,
         [ITEMS("args.rows[end].slot == args.rows[first].slot", "true")],
     ),
+    "items of the next slot": (
+        BULK,
+        [ITEMS("index >= table_.before[kind_][other]", "index > table_.before[kind_][other]")],
+    ),
+    "every row begins a slot's items": (BULK, [ITEMS("NO_SLOT", "0", "before[kind][own] = NO_SLOT")]),
+    "the first slot's rows for all": (BULK, [ITEMS("slot.end - row", "1")]),
     "one slot in the cache": (BULK, [ITEMS("args.rows[row].slot", "0", "+ args.rows[row].slot")]),
     "the first row's splits for all": (
         BULK,
@@ -345,10 +351,13 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     # ... and their sums.
     "the last segment for the tile": (WHOLE, [MATVEC("segment == 0 ? sum : sums[place] + sum", "sum")]),
     "another warp's sums": (WHOLE, [MATVEC("ROUND_UNITS + block.warp()", "ROUND_UNITS")]),
-    "whole tiles once more": (WHOLE, [MATVEC("first = whole_tiles() * segments()", "first = 0")]),
+    "whole tiles once more": (
+        WHOLE,
+        [MATVEC("whole_tiles() * segments()", "0", "first = whole_tiles() * segments()")],
+    ),
     # Lanes and memory.
     "half a warp does not shuffle": (
-        BULK,
+        ONE_ROW,
         [Edit("block.cuh", "first < jobs", "first + block.lane() / 16 < jobs")],
     ),
     "read beyond shared memory": (
@@ -368,7 +377,10 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "segments of a batch in one place": (BULK, [Edit("activations.cuh", "unit += WARPS", "unit += 0")]),
     # Keys and values.
-    "keys as values are rotated": (BULK, [VECTORS("rotated(piece, turn, KEY_ROTATION)", "rotated(piece, turn, 1)")]),
+    "keys as values are rotated": (
+        BULK,
+        [VECTORS("rotated(piece, turn, KEY_ROTATION)", "rotated(piece, turn, 1)")],
+    ),
     "what the row does not see is not hidden": (BULK, [VECTORS("loaded[0] & seen", "loaded[0]")]),
     "the largest of a lane for all": (INT8_KV_BUILD, [ARITHMETIC("warp_max(largest)", "largest")]),
     "codes of another scale": (INT8_KV_BUILD, [ARITHMETIC("1.0f / 127", "1.0f / 128")]),
@@ -552,22 +564,22 @@ class Mutable:
 
 
 class WholeTiles(Mutable):
-    """Two rows, whose products have parts of 24 tiles: some blocks have 12 of them, some all."""
+    """Two rows; down_proj has two parts of 44 tiles, all whole for one block, a few left over for two."""
 
     CASE = Case(
         "llama2",
         "int8",
         rows=2,
         changes={
-            "hidden_size": 376,
+            "hidden_size": 696,
             "num_attention_heads": 5,
             "num_key_value_heads": 1,
             "head_dim": 64,
-            "intermediate_size": 400,
+            "intermediate_size": 900,
             "vocab_size": 64,
         },
     )
-    PART_SEGMENTS = 1
+    PART_SEGMENTS = 2
 
     def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
         """And the squares of the residual stream, as OneRow's."""

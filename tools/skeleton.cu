@@ -42,7 +42,7 @@ __device__ __forceinline__ float consume(Block& block, Stage stage) {
 
 // The same for the warp's keys and values of the block's items.
 __device__ __forceinline__ float consume_cache(Block& block, int layer) {
-    const ItemList items(block.args, layer);
+    const ItemList items(block.shared()->ring.items, layer);
     float touched = 0.0f;
     for (int i = items.first(); i < items.count(); i += static_cast<int>(gridDim.x)) {
         const int slots = ceil_div(items[i].tile_positions(block.warp()), KV_SLOT);
@@ -143,7 +143,7 @@ __device__ __forceinline__ bool run_pass(Block& block) {
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     skeleton_pass(const __grid_constant__ PassArgs args) {
     extern __shared__ __align__(128) uint8_t shared_memory[];
-    prepare_shared(shared_memory);
+    prepare_shared(args, shared_memory);
 #if BULK_COPIES
     if (threadIdx.x >= THREADS) {
         fill_rings<RING_SLOTS>(args, Block::tail(shared_memory)->ring, shared_memory + FIXED_BYTES);
