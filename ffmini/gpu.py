@@ -189,36 +189,11 @@ class GPUDecoder:
         self._listed = 0  # the pass whose logits its candidates may fetch
         self._lists = [_List() for _ in range(MAX_ROWS)]  # of queried ids; see queried_list() in cuda/
         self._closed = False
-        properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
-        multiprocessors = properties["multiProcessorCount"]
-        blocks = blocks or grid_size(multiprocessors)
-        shared_limit = properties["sharedMemPerBlockOptin"]
-        arch = f"sm_{properties['major']}{properties['minor']}"
-        if wgmma is None:
-            wgmma = has_wgmma(arch)
-        if bulk_copies is None:
-            bulk_copies = has_bulk_copies(arch)
-        bandwidth = memory_bandwidth(ordinal)
-        most = max_rows(packed.config, packed.layouts, max_seq_len, shared_limit, blocks, kv_dtype)
-        self._defines = {
-            r: kernel_defines(
-                packed.config,
-                packed.layouts,
-                rows=r,
-                max_seq_len=max_seq_len,
-                shared_limit=shared_limit,
-                blocks=blocks,
-                bulk_copies=bulk_copies,
-                kv_dtype=kv_dtype,
-                in_flight=in_flight or copies_in_flight(bandwidth, blocks, packed.layouts),
-                test_pauses=test_pauses,
-                stage_times=stage_times,
-            )
-            for r in sorted(rows or {1, most})
-        }
+        self._choose_builds(packed, rows, blocks, bulk_copies, in_flight, test_pauses)
         least, self.max_rows = min(self._defines), max(self._defines)
+        if wgmma is None:
+            wgmma = has_wgmma(self._launch_sizes[0])
         self._chunk_defines = self._defines[least] | {"WGMMA": str(int(wgmma))} if chunks else None
-        self._launch_sizes = arch, blocks, multiprocessors
         self._builds: dict[int, PassBuild] = {}
         self._chunk: ChunkBuild | None = None
         with cupy.cuda.Device(ordinal), cupy.cuda.using_allocator(self._pool.malloc):
@@ -228,6 +203,41 @@ class GPUDecoder:
             self._check_memory(packed, self._scratch_bound(packed, build))
             self._upload(packed, build, progress)
             self._builds[least] = build
+
+    def _choose_builds(
+        self,
+        packed: PackedModel,
+        rows: tuple[int, ...] | None,
+        blocks: int | None,
+        bulk_copies: bool | None,
+        in_flight: int | None,
+        test_pauses: bool,
+    ) -> None:
+        """What the builds for passes are made for, by their rows, and what the device launches them with."""
+        properties = self._cupy.cuda.runtime.getDeviceProperties(self._ordinal)
+        multiprocessors = properties["multiProcessorCount"]
+        blocks = blocks or grid_size(multiprocessors)
+        shared_limit = properties["sharedMemPerBlockOptin"]
+        arch = f"sm_{properties['major']}{properties['minor']}"
+        bandwidth = memory_bandwidth(self._ordinal)
+        sizes = self.max_seq_len, shared_limit, blocks, self.kv_dtype
+        self._launch_sizes = arch, blocks, multiprocessors
+        self._defines = {
+            r: kernel_defines(
+                packed.config,
+                packed.layouts,
+                rows=r,
+                max_seq_len=self.max_seq_len,
+                shared_limit=shared_limit,
+                blocks=blocks,
+                bulk_copies=has_bulk_copies(arch) if bulk_copies is None else bulk_copies,
+                kv_dtype=self.kv_dtype,
+                in_flight=in_flight or copies_in_flight(bandwidth, blocks, packed.layouts),
+                test_pauses=test_pauses,
+                stage_times=self._stage_times,
+            )
+            for r in sorted(rows or {1, max_rows(packed.config, packed.layouts, *sizes)})
+        }
 
     def _scratch_bound(self, packed: PackedModel, least: PassBuild) -> int:
         """An upper bound of the memory that passes and chunks work in, of builds that are yet to come too."""

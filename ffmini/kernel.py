@@ -21,6 +21,7 @@ from .candidates import MAX_QUERIED
 from .config import ModelConfig
 from .errors import DeviceError
 from .layout import (
+    FORMAT_BITS,
     KV_BLOCK,
     KV_SLOT_BYTES,
     PART_SEGMENTS,
@@ -277,11 +278,31 @@ def kernel_defines(
     the cache, one of KV_DTYPES. `wgmma`: chunks multiply by that, which sm_90 alone has. `test_pauses` makes
     a build that holds packets back at random, `stage_times` one that notes when each block passed each stage.
     """
+    values: dict[str, object] = {
+        **_model_defines(config, layouts),
+        "ROWS": rows,
+        "MAX_SEQ_LEN": max_seq_len,
+        "KV_BITS": FORMAT_BITS[kv_dtype],
+        "SHARED_LIMIT": shared_limit,
+        "SPLIT_PARTS": int(splits_parts(config, layouts, max_seq_len, shared_limit, blocks, rows, kv_dtype)),
+        "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
+        "OWN_HEAD_TILES": ceil_div(layouts["lm_head"].tiles, blocks),
+        "MAX_QUERIED": MAX_QUERIED,
+        "BULK_COPIES": int(bulk_copies),
+        "COPIES_IN_FLIGHT": in_flight,
+        "TEST_PAUSES": int(test_pauses),
+        "STAGE_TIMES": int(stage_times),
+        "CHUNK_ROWS": CHUNK_ROWS,
+        "WGMMA": int(wgmma),
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def _model_defines(config: ModelConfig, layouts: dict[str, MatrixLayout]) -> dict[str, object]:
+    """The constants of the model and of its packed weights."""
     offsets = vector_offsets(config)
     qkv, head = layouts["qkv_proj"], layouts["lm_head"]
-    bits = {"bf16": 16, "int8": 8, "int4": 4}
-    values: dict[str, object] = {
-        "ROWS": rows,
+    return {
         "HIDDEN_SIZE": config.hidden_size,
         "INTERMEDIATE_SIZE": config.intermediate_size,
         "NUM_LAYERS": config.num_layers,
@@ -289,7 +310,6 @@ def kernel_defines(
         "NUM_KV_HEADS": config.num_kv_heads,
         "HEAD_DIM": config.head_dim,
         "VOCAB_SIZE": config.vocab_size,
-        "MAX_SEQ_LEN": max_seq_len,
         "RMS_NORM_EPS": float_literal(config.rms_norm_eps),
         # Scores are in units of log2: the softmax takes powers of two.
         "SCORE_SCALE": float_literal(config.head_dim**-0.5 * math.log2(math.e)),
@@ -299,30 +319,16 @@ def kernel_defines(
         "O_BIAS": int(config.o_bias),
         "MLP_BIAS": int(config.mlp_bias),
         "QK_NORM": int(config.qk_norm),
-        "KV_BITS": bits[kv_dtype],
-        "WEIGHT_BITS": bits[qkv.format],
+        "WEIGHT_BITS": FORMAT_BITS[qkv.format],
         "GROUP_SIZE": qkv.group_size,
-        "LM_HEAD_BITS": bits[head.format],
+        "LM_HEAD_BITS": FORMAT_BITS[head.format],
         "LM_HEAD_GROUP_SIZE": head.group_size,
         "LAYER_BYTES": f"{layer_bytes(layouts)}ull",
         "LM_HEAD_BYTES": f"{head.nbytes}ull",
-        "VECTORS_SIZE": vectors_length(config),
-        "SHARED_LIMIT": shared_limit,
         "PART_SEGMENTS": PART_SEGMENTS[qkv.format],
-        "SPLIT_PARTS": int(splits_parts(config, layouts, max_seq_len, shared_limit, blocks, rows, kv_dtype)),
-        "OWN_TILES": ceil_div(layouts["o_proj"].tiles, blocks),
-        "OWN_HEAD_TILES": ceil_div(head.tiles, blocks),
-        "MAX_QUERIED": MAX_QUERIED,
-        "BULK_COPIES": int(bulk_copies),
-        "COPIES_IN_FLIGHT": in_flight,
-        "TEST_PAUSES": int(test_pauses),
-        "STAGE_TIMES": int(stage_times),
-        "CHUNK_ROWS": CHUNK_ROWS,
-        "WGMMA": int(wgmma),
+        "VECTORS_SIZE": vectors_length(config),
+        **{f"{name.upper()}_OFFSET": offsets.get(name, (0,))[0] for name in VECTOR_NAMES},
     }
-    for name in VECTOR_NAMES:
-        values[f"{name.upper()}_OFFSET"] = offsets[name][0] if name in offsets else 0
-    return {name: str(value) for name, value in values.items()}
 
 
 def mail(number: int, token: int, append: bool = False) -> int:

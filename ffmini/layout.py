@@ -36,6 +36,7 @@ LINE_BYTES = 512
 LINES_PER_SLOT = 4
 K_ALIGN = 64
 FORMATS = ("bf16", "int8", "int4")
+FORMAT_BITS = {"bf16": 16, "int8": 8, "int4": 4}  # of an element
 LINE_K = {"bf16": 16, "int8": 32, "int4": 64}
 SCALE_BYTES = {"bf16": 0, "int8": 2, "int4": 4}  # for one row of one group
 KV_DTYPES = ("bf16", "int8")  # of keys and values
