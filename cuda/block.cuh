@@ -182,8 +182,8 @@ __device__ __forceinline__ void for_half_warps(const Block& block, int jobs, Bod
     }
 }
 
-// The same for the rows of `tiles` tiles: body(tile, row, valid). Rows that the pass does not have have
-// halves too, which are not `valid`: a division by ROWS is a shift.
+// The same for the rows of `tiles` tiles: body(tile, row, valid). Half warps stand for rows that the pass
+// does not have, too, and are not `valid`: the division is by a number then that the compiler knows.
 template <class Body>
 __device__ __forceinline__ void for_rows_of_tiles(const Block& block, int tiles, Body body) {
     for_half_warps(block, tiles * ROWS, [&](int job, bool valid) {

@@ -62,10 +62,12 @@ __device__ __forceinline__ void scale_rows(const Block& block) {
 // Nothing, where packets bring elements only.
 __device__ __forceinline__ void no_rest(int, int, const uint4&) {}
 
-// What a product is added to where nothing comes before it: see Products.
-__device__ __forceinline__ float no_sum(int, int) {
-    return 0.0f;
-}
+// What a product is added to where nothing comes before it: see Products. A function's pointer would be
+// called.
+struct NoSum {
+    __device__ float operator()(int, int) const { return 0.0f; }
+};
+constexpr NoSum no_sum = {};
 
 // How the packets of M's input are shared out: some of the warps to each row, whose packets they read in
 // turns. A lane comes to the same place in a run again after PERIOD packets, SHIFT runs further on.
@@ -136,8 +138,7 @@ __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets,
 }
 
 // Receives M's input and leaves it among the activations, as M's product wants it. complete() is called when
-// all has arrived; of integers the whole block is through with it when their products begin, of bf16 when the
-// first of them are added up.
+// all has arrived; the block is through with it when run() first adds up a round, or returns.
 template <class M, class Runs, class Rest, class Complete>
 __device__ __forceinline__ bool receive_input(Block& block, const uint4* packets, uint32_t tag, int where,
                                               int part, Rest rest, Complete complete) {

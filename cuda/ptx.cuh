@@ -274,18 +274,24 @@ __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-// ---- products of a group of four warps (sm_90 alone) ----
+// ---- registers of a group of four warps (sm_90 to sm_110: ptxas ignores it in a kernel for sm_120) ----
 
 // The warps of a group, which begin with a multiple of four, have COUNT registers each from here on: fewer
 // than before, or more, once others have given them up.
 template <int COUNT>
 __device__ __forceinline__ void give_up_registers() {
+#if __CUDA_ARCH__ < 1200
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
 }
 template <int COUNT>
 __device__ __forceinline__ void take_registers() {
+#if __CUDA_ARCH__ < 1200
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
 }
+
+// ---- products of a group of four warps (sm_90 alone) ----
 
 // The warps begin with a multiple of four and do all of this together. Warp w of the group has rows 16 w ..
 // 16 w + 15 of a 64-row A in its registers, as mma_16x8x16 has them, and the same rows of d: d[j] is what

@@ -45,6 +45,8 @@ def test_compiles_without_spills(arch: str, name: str, dtype: str, kind: str, kv
     found = report(arch, config, dtype, kind, kv_dtype)
     assert found.spill_bytes == 0
     assert found.registers <= MAX_REGISTERS[found.threads]
+    if found.threads == 640 and arch != "sm_120":  # what computing warps take was counted on at the launch
+        assert found.registers == MAX_REGISTERS[640]
     assert found.seconds <= MAX_SECONDS
     assert found.shared_bytes <= DEVICES[arch][0] and found.ring_slots >= 1
     if kind == "chunk":

@@ -328,7 +328,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         [ITEMS("index >= table_.before[kind_][other]", "index > table_.before[kind_][other]")],
     ),
     "every row begins a slot's items": (BULK, [ITEMS("NO_SLOT", "0", "before[kind][own] = NO_SLOT")]),
-    "the first slot's rows for all": (BULK, [ITEMS("slot.end - row", "1")]),
+    "one row in every slot": (BULK, [ITEMS("slot.end - row", "1")]),
     "one slot in the cache": (BULK, [ITEMS("args.rows[row].slot", "0", "+ args.rows[row].slot")]),
     "the first row's splits for all": (
         BULK,
@@ -393,7 +393,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "codes without a sign": (INT8_KV_BUILD, [VECTORS("(bytes & 0x00800080) | 0xc300c300", "0xc300c300")]),
     "even codes twice": (INT8_KV_BUILD, [VECTORS("codes >> 8", "codes")]),
-    "dimensions of bf16": (
+    "every dimension for another": (
         INT8_KV_BUILD,
         [VECTORS("lane / 4 * 2", "lane / 4")],
     ),
