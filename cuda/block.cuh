@@ -172,24 +172,17 @@ __device__ __forceinline__ void prepare_shared(const PassArgs& args, uint8_t* me
     __syncthreads();
 }
 
-// Calls body(job, valid) for each job of 16 lanes, all warps sharing them out. Both halves of a warp call it
-// together, as shuffles want; a half that has no job gets the last one once more, and is not `valid`.
-template <class Body>
-__device__ __forceinline__ void for_half_warps(const Block& block, int jobs, Body body) {
-    for (int first = 2 * block.warp(); first < jobs; first += 2 * WARPS) {
-        const int job = first + block.lane() / 16;
-        body(min_of(job, jobs - 1), job < jobs);
-    }
-}
-
-// The same for the rows of `tiles` tiles: body(tile, row, valid). Half warps stand for rows that the pass
-// does not have, too, and are not `valid`: the division is by a number then that the compiler knows.
+// Calls body(tile, row, valid) for the rows of `tiles` tiles, in half warps that all warps share out. Both
+// halves of a warp call it together, as shuffles want: one that has nothing to do, or stands for a row that
+// the pass does not have, gets another's once more and is not `valid`. (The pass's own number of rows would
+// have to be divided by.)
 template <class Body>
 __device__ __forceinline__ void for_rows_of_tiles(const Block& block, int tiles, Body body) {
-    for_half_warps(block, tiles * ROWS, [&](int job, bool valid) {
-        const int row = job % ROWS, last = num_rows(block.args) - 1;
-        body(job / ROWS, min_of(row, last), valid && row <= last);
-    });
+    const int jobs = tiles * ROWS, last_row = num_rows(block.args) - 1;
+    for (int first = 2 * block.warp(); first < jobs; first += 2 * WARPS) {
+        const int own = first + block.lane() / 16, job = min_of(own, jobs - 1), row = job % ROWS;
+        body(job / ROWS, min_of(row, last_row), own < jobs && row <= last_row);
+    }
 }
 
 // When a thread of each block passed a place, for tools/stages.py: a build of its own.

@@ -31,8 +31,7 @@ constexpr int WARPS = 16;                         // that compute
 constexpr int THREADS = 32 * WARPS;               // of those warps
 constexpr int FETCH_WARPS = BULK_COPIES ? 4 : 0;  // that fetch for them
 constexpr int BLOCK_THREADS = THREADS + 32 * FETCH_WARPS;
-constexpr int LAUNCH_REGISTERS =
-    65536 / BLOCK_THREADS / 8 * 8;  // of a thread; the fetching ones give up some
+constexpr int LAUNCH_REGISTERS = 65536 / BLOCK_THREADS / 8 * 8;  // of a thread, before some are given up
 constexpr int FETCH_REGISTERS = 64, COMPUTE_REGISTERS = 104;
 static_assert(!BULK_COPIES || FETCH_WARPS * FETCH_REGISTERS + WARPS * COMPUTE_REGISTERS <=
                                   (WARPS + FETCH_WARPS) * LAUNCH_REGISTERS,

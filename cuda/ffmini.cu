@@ -62,12 +62,10 @@ __device__ __forceinline__ void scale_rows(const Block& block) {
 // Nothing, where packets bring elements only.
 __device__ __forceinline__ void no_rest(int, int, const uint4&) {}
 
-// What a product is added to where nothing comes before it: see Products. A function's pointer would be
-// called.
-struct NoSum {
-    __device__ float operator()(int, int) const { return 0.0f; }
-};
-constexpr NoSum no_sum = {};
+// What a product is added to where nothing comes before it: see Products.
+__device__ __forceinline__ float no_sum(int, int) {
+    return 0.0f;
+}
 
 // How the packets of M's input are shared out: some of the warps to each row, whose packets they read in
 // turns. A lane comes to the same place in a run again after PERIOD packets, SHIFT runs further on.

@@ -402,8 +402,10 @@ def compile_cubin(
 
 def compile_options(defines: dict[str, str], arch: str) -> tuple[str, ...]:
     """NVRTC's options; the arithmetic ones are part of the canonical order: no contraction, flush to zero."""
+    # "a": wgmma and the handing on of registers are for the very architecture.
+    own = "1" in (defines.get("WGMMA"), defines.get("BULK_COPIES"))
     fixed = (
-        f"-arch={arch}{'a' if '1' in (defines.get('WGMMA'), defines.get('BULK_COPIES')) else ''}",
+        f"-arch={arch}{'a' if own else ''}",
         "-std=c++17",
         "-default-device",
         "-fmad=false",
