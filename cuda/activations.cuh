@@ -59,7 +59,7 @@ class Aligner {
         *reinterpret_cast<uint2*>(bytes(block, i) + plane_offset(1, lane / 8, lane % 4) + in_block) =
             eight.low;
         if (lane == 0) {
-            block.scales()->segment[row_[i] * MAX_SEGMENTS + segment_[i]] = worth_of(largest_[i]);
+            block.scales()->segment[row_[i] * SEGMENT_STRIDE + segment_[i]] = worth_of(largest_[i]);
         }
         return eight.sum;
     }
@@ -77,7 +77,7 @@ class Aligner {
         for (int i = 0; i < BATCH; ++i) {
             const int group = segment_[i] * (SEGMENT / M::GROUP) + lane / LANES;
             if (exists_[i] && lane % LANES == 0 && group < ceil_div(M::HELD_K, M::GROUP)) {
-                block.scales()->group_sum[row_[i] * MAX_GROUPS + group] =
+                block.scales()->group_sum[row_[i] * GROUP_STRIDE + group] =
                     static_cast<float>(static_cast<int>(sum[i]));
             }
         }

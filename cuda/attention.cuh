@@ -135,7 +135,7 @@ __device__ __forceinline__ void score_tile(Block& block, const Item& item, float
         float dots[2][4] = {};  // two sums, which do not wait for each other
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
-            const uint4 k = Vectors::load_key(key, j, own);
+            const uint4 k = Vectors::load_key(key, t, j, own);
             const uint32_t low[4] = {query[j].x, 0, query[j].y, 0}, high[4] = {query[j].z, 0, query[j].w, 0};
             mma_16x8x16(dots[0], low, k.x, k.y);
             mma_16x8x16(dots[1], high, k.z, k.w);

@@ -12,15 +12,14 @@ constexpr int MAX_SEGMENTS = ceil_div(MAX_K, SEGMENT);
 // warp reads at once, fall into different banks; integers take whole segments (activations.cuh).
 constexpr int ACTIVATION_STRIDE = INTEGERS ? MAX_SEGMENTS * SEGMENT : round_up(MAX_K, 64) + 32;
 constexpr int ACTIVATION_BYTES = ROWS * ACTIVATION_STRIDE * 2;
-// Units multiplied between two additions.
-constexpr int ROUND_UNITS = WARPS * max_of(SHARED_LIMIT > 200 * 1024 ? 2 : 1, 4 / ROWS);
-
 // ---- what activations that are integers are worth; behind them ----
-constexpr int MAX_GROUPS = WEIGHT_BITS == 4 ? ceil_div(MAX_K, GROUP_SIZE) : 1;  // of int4's scales
+constexpr int MAX_GROUPS = WEIGHT_BITS == 4 ? MAX_SEGMENTS * (SEGMENT / GROUP_SIZE) : 1;  // of int4's scales
+// Odd, so that four rows' lie in different banks.
+constexpr int SEGMENT_STRIDE = MAX_SEGMENTS | 1, GROUP_STRIDE = MAX_GROUPS | 1;
 
 struct ActivationScales {
-    float segment[ROWS * MAX_SEGMENTS];  // [row][segment]: what one is worth
-    float group_sum[ROWS * MAX_GROUPS];  // [row][group of int4's scales]: their sum, for the zeros
+    float segment[ROWS * SEGMENT_STRIDE];  // [row][segment]: what one is worth
+    float group_sum[ROWS * GROUP_STRIDE];  // [row][group of int4's scales]: their sum, for the zeros
 };
 
 // ---- attention's scratch, which lies over the activations: they are dead while it is used ----
@@ -92,27 +91,65 @@ using RingOf = CopyRing<SLOTS>;
 
 constexpr int MARK_WORDS = ceil_div(OWN_HEAD_TILES * TILE_ROWS, 32);  // a bit for each token of the own tiles
 
-struct SharedTail {
-    Partition partition[NUM_STAGES];
-    int residual_tiles;                                          // of the residual stream
-    alignas(16) float part[2 * ROUND_UNITS * ROWS * TILE_ROWS];  // [parity of the round][unit][row][output]
-    float carry[2 * 2 * ROWS *
-                TILE_ROWS];  // [parity of the round][the part's sum, what is before it][row][output]
-    float residual[OWN_TILES * ROWS * TILE_ROWS];  // [own tile][row][output of the tile]
-    float next_norm[OWN_TILES * TILE_ROWS];   // of the norm that comes next: [own tile][output of the tile]
-    float tile_squares[ROWS * HIDDEN_TILES];  // of the residual stream: sums of squares, [row][tile]
-    float norm_scale[ROWS];                   // 1 / root mean square
-    float rope_cos[ROWS * (HEAD_DIM / 2)];    // at the rows' positions
-    float rope_sin[ROWS * (HEAD_DIM / 2)];
-    uint32_t mail;                        // of a pass whose token was awaited
-    uint32_t queried[ROWS * MARK_WORDS];  // which tokens each row is asked for
-    RingState ring;
-};
-
 constexpr int SCRATCH_BYTES =
     max_of(max_of(ACTIVATION_BYTES + (INTEGERS ? static_cast<int>(sizeof(ActivationScales)) : 0),
                   static_cast<int>(sizeof(CandidateScratch))),
            max_of(static_cast<int>(sizeof(AttentionScratch)), static_cast<int>(sizeof(MergeScratch))));
+
+// ---- rounds: units multiplied between two additions ----
+constexpr int UNIT_SUMS = ROWS * TILE_ROWS;
+
+// All units of a warp are of one segment. It has the segment's input in registers (if that is integers), and
+// the sums of two rounds take the place of the activations.
+template <class M>
+constexpr bool SAME_SEGMENT = INTEGERS && !M::SPLIT && WARPS % M::HELD_SEGMENTS == 0;
+template <class M>
+constexpr bool SUMS_APART = !M::SPLIT && !SAME_SEGMENT<M>;
+
+// Of the others, whose sums have a place of their own. Parts are short.
+constexpr bool LONG_ROUNDS =
+    SHARED_LIMIT > 200 * 1024 && (SUMS_APART<QkvProj> || SUMS_APART<OProj> || SUMS_APART<GateUpProj> ||
+                                  SUMS_APART<DownProj> || SUMS_APART<LmHead>);
+constexpr int ROUND_UNITS = WARPS * max_of(LONG_ROUNDS ? 2 : 1, 4 / ROWS);
+
+// Of whole tiles, unless that makes the round much shorter. (Rounds of more than 64 are slower: packets go
+// late.)
+constexpr int SCRATCH_UNITS = SCRATCH_BYTES / 4 / UNIT_SUMS;
+template <class M>
+constexpr int ROUND =
+    SAME_SEGMENT<M>                              ? min_of(4 * WARPS, SCRATCH_UNITS / 2 / WARPS * WARPS)
+    : ROUND_UNITS % M::HELD_SEGMENTS < WARPS / 2 ? ROUND_UNITS / M::HELD_SEGMENTS * M::HELD_SEGMENTS
+                                                 : ROUND_UNITS;
+static_assert(SCRATCH_UNITS >= 2 * WARPS, "two rounds have no place among the activations");
+
+// Whether tiles end where rounds do and parts are of the same length: nothing is carried on then.
+template <class M>
+constexpr bool EVEN_ROUNDS = M::SEGMENTS == M::PARTS * M::IN_PART && ROUND<M> % M::HELD_SEGMENTS == 0;
+constexpr bool CARRIES = !(EVEN_ROUNDS<QkvProj> && EVEN_ROUNDS<OProj> && EVEN_ROUNDS<GateUpProj> &&
+                           EVEN_ROUNDS<DownProj> && EVEN_ROUNDS<LmHead>);
+
+// The sums of squares lie among the sums of units if these are never alive together.
+constexpr int PART_SUMS = 2 * ROUND_UNITS * UNIT_SUMS, SQUARES = ROWS * HIDDEN_TILES;
+constexpr bool SQUARES_APART = !(INTEGERS && OProj::SPLIT && DownProj::SPLIT && SQUARES <= PART_SUMS);
+
+struct SharedTail {
+    Partition partition[NUM_STAGES];
+    int residual_tiles;                            // of the residual stream
+    alignas(16) float part[PART_SUMS];             // [parity of the round][unit][row][output]
+    float carry[CARRIES ? 2 * 2 * UNIT_SUMS : 1];  // [parity][the part's sum, what is before it][row][output]
+    float squares_apart[SQUARES_APART ? SQUARES : 1];
+    float residual[OWN_TILES * ROWS * TILE_ROWS];  // [own tile][row][output of the tile]
+    float next_norm[OWN_TILES * TILE_ROWS];  // of the norm that comes next: [own tile][output of the tile]
+    float norm_scale[ROWS];                  // 1 / root mean square
+    float rope_cos[ROWS * (HEAD_DIM / 2)];   // at the rows' positions
+    float rope_sin[ROWS * (HEAD_DIM / 2)];
+    uint32_t mail;                        // of a pass whose token was awaited
+    uint32_t queried[ROWS * MARK_WORDS];  // which tokens each row is asked for
+    RingState ring;
+
+    // Of the residual stream's tiles: sums of squares, [row][tile].
+    __device__ float* tile_squares() { return SQUARES_APART ? squares_apart : part; }
+};
 
 constexpr int FIXED_BYTES =
     round_up(SCRATCH_BYTES, 128) + round_up(static_cast<int>(sizeof(SharedTail)), 128);

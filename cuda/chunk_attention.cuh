@@ -244,7 +244,7 @@ class AttentionUnit {
         float dots[2][4] = {};
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
-            const uint4 k = Vectors::load_key(keys + own * VECTOR_BYTES, j, turn);
+            const uint4 k = Vectors::load_key(keys + own * VECTOR_BYTES, t, j, turn);
             const uint4 upper = QUERY_SETS > 1 ? query_[QUERY_SETS - 1][j] : make_uint4(0, 0, 0, 0);
             const uint32_t low[4] = {query_[0][j].x, upper.x, query_[0][j].y, upper.y};
             const uint32_t high[4] = {query_[0][j].z, upper.z, query_[0][j].w, upper.w};

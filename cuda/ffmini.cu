@@ -55,7 +55,7 @@ __device__ __forceinline__ void publish_residual(const Block& block, uint4* pack
 __device__ __forceinline__ void scale_rows(const Block& block) {
     const int row = WARPS - 1 - block.warp();
     if (row >= num_rows(block.args)) return;
-    const float scale = inverse_rms(block.shared()->tile_squares + row * HIDDEN_TILES);
+    const float scale = inverse_rms(block.shared()->tile_squares() + row * HIDDEN_TILES);
     if (block.lane() == 0) block.shared()->norm_scale[row] = scale;
 }
 
@@ -164,7 +164,7 @@ template <class M>
 __device__ __forceinline__ bool receive_residual(Block& block, const uint4* packets, uint32_t tag,
                                                  int where) {
     const auto keep_squares = [&](int row, int tile, const uint4& packet) {
-        block.shared()->tile_squares[row * HIDDEN_TILES + tile] = __uint_as_float(packet.z);
+        block.shared()->tile_squares()[row * HIDDEN_TILES + tile] = __uint_as_float(packet.z);
     };
     return receive_input<M, HiddenRuns>(block, packets, tag, where, 0, keep_squares,
                                         [&] { scale_rows(block); });

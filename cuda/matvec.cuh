@@ -7,11 +7,12 @@
 #include "codes.cuh"
 
 // ---- one unit: 16 outputs, one segment ----
-// What a warp makes of a unit: add<K>() takes the slots in their order, each K wide, at `in_segment`;
-// finish() hands each of a lane's sums to take(its place in [row][output of the tile], sum);
-// seen() is a number made of everything that was read in the slots. Where a lane reads is known before the
-// input comes: a slot's address is that of the lane's 16 bytes in its first line, input_of() the offset of
-// its input among the activations.
+// What a warp makes of a unit. Its Input is the lane's part of a segment of the activations: input_of() says
+// where it begins in the first segment. add<K>() takes the unit's slots in their order, each K wide, from
+// `in_segment` on; finish() hands each of the lane's sums to take(): its place in [row][output of the tile],
+// counted from place_of(), and the sum. seen() is a number made of everything that was read in the slots. A
+// slot's address is that of the lane's 16 bytes in its first line. What depends on the lane alone is worked
+// out before the input comes.
 
 template <class M, bool INTEGER = M::BITS != 16>
 class Unit;
@@ -20,14 +21,25 @@ class Unit;
 template <class M>
 class Unit<M, false> {
   public:
+    struct Input {
+        const uint8_t* activations;
+
+        __device__ void load(const Block& block, int input, int segment) {
+            activations = block.memory + input + 2 * segment * SEGMENT;
+        }
+    };
+
     static __device__ int input_of(const Block& block) {
         const int row = min_of(block.lane() / 4, num_rows(block.args) - 1);  // columns without one repeat it
         return 2 * (row * ACTIVATION_STRIDE + 8 * (block.lane() % 4));
     }
+    static __device__ int place_of(const Block& block) {
+        return block.lane() % 4 * 2 * TILE_ROWS + block.lane() / 4;
+    }
 
     template <int K>
-    __device__ void add(const Block& block, const uint8_t* slot, int input, int segment, int in_segment) {
-        const uint8_t* activations = block.memory + input + 2 * (segment * SEGMENT + in_segment);
+    __device__ void add(const Block&, const uint8_t* slot, const Input& input, int in_segment) {
+        const uint8_t* activations = input.activations + 2 * in_segment;
 #pragma unroll
         for (int j = 0; j < K / 32; ++j) {
             const uint4 b = *reinterpret_cast<const uint4*>(activations + 64 * j);
@@ -39,12 +51,11 @@ class Unit<M, false> {
     __device__ float seen() const { return sum_[0] + sum_[2]; }
 
     template <class Take>
-    __device__ void finish(const Block& block, int, Take take) const {
-        const int column = 2 * (block.lane() % 4), output = block.lane() / 4;
+    __device__ void finish(const Block& block, const Input&, Take take) const {
         for (int c = 0; c < min_of(ROWS, 2); ++c) {
-            if (column + c >= ROWS) continue;
-            take((column + c) * TILE_ROWS + output, sum_[c]);
-            take((column + c) * TILE_ROWS + output + 8, sum_[2 + c]);
+            if (ROWS < MAX_ROWS && block.lane() % 4 * 2 + c >= ROWS) continue;
+            take(c * TILE_ROWS, sum_[c]);
+            take(c * TILE_ROWS + 8, sum_[2 + c]);
         }
     }
 
@@ -64,44 +75,65 @@ class Unit<M, true> {
   public:
     static constexpr int SETS = ceil_div(ROWS, 4);
 
+    // In registers: several units may share it.
+    struct Input {
+        static constexpr int GROUPS = SEGMENT / M::GROUP;
+        uint4 b[SEGMENT / 64][SETS];  // of a block of 64 k: {x, y} and {z, w} are the operands of two steps
+        float group_sum[GROUPS][SETS];
+        float worth[SETS];  // of one, see ActivationScales
+
+        __device__ void load(const Block& block, int input, int segment) {
+            const int at = 2 * segment * SEGMENT;
+            const uint8_t* planes[2] = {block.memory + input + at, block.memory + (input ^ 64) + at};
+            const ActivationScales& scales = *block.scales();
+#pragma unroll
+            for (int set = 0; set < SETS; ++set) {
+                const int row = min_of(block.lane() % 4 + 4 * set, ROWS - 1);
+#pragma unroll
+                for (int i = 0; i < SEGMENT / 64; ++i) {
+                    const int offset = 64 * (i - i % 2) + 8 * set * ACTIVATION_STRIDE;
+                    b[i][set] = *reinterpret_cast<const uint4*>(planes[i % 2] + offset);
+                }
+#pragma unroll
+                for (int i = 0; i < GROUPS && M::BITS == 4; ++i) {
+                    group_sum[i][set] = scales.group_sum[row * GROUP_STRIDE + segment * GROUPS + i];
+                }
+                worth[set] = scales.segment[row * SEGMENT_STRIDE + segment];
+            }
+        }
+    };
+
     // Of the first set. Columns whose row the pass does not have multiply what happens to lie there.
     static __device__ int input_of(const Block& block) {
         const int column = block.lane() / 4;
         const int row = min_of(column / 2, ROWS - 1);
         return 2 * row * ACTIVATION_STRIDE + plane_offset(column % 2, 0, block.lane() % 4);
     }
+    static __device__ int place_of(const Block& block) {
+        return block.lane() % 4 * TILE_ROWS + block.lane() / 4;
+    }
 
     template <int K>
-    __device__ void add(const Block& block, const uint8_t* slot, int input, int segment, int in_segment) {
-        const int at = 2 * segment * SEGMENT + in_segment;  // bytes before the slot's in a row's plane
-        const uint8_t* planes[2] = {block.memory + input + at, block.memory + (input ^ 64) + at};
-        const uint8_t* scales = slot - block.lane() * 16 + K * M::BITS / 8 * TILE_ROWS;
+    __device__ void add(const Block& block, const uint8_t* slot, const Input& input, int in_segment) {
+        // From the lane's 16 bytes of the first line to its first output's scale.
+        const int first_scale = block.lane() / 4 * M::SCALE_BYTES - block.lane() * 16;
+        const uint8_t* scales = slot + first_scale + K * M::BITS / 8 * TILE_ROWS;
         int products[SETS][4] = {};
-#pragma unroll(SETS == 1 ? 2 : 1)  // registers are short
-        for (int pair = 0; pair < ceil_div(K, 128); ++pair) {
 #pragma unroll
-            for (int odd = 0; odd < 2; ++odd) {
-                const int block64 = 2 * pair + odd;
-                if (K % 128 != 0 && block64 == K / 64) break;
-                uint32_t a[2][4];
-                Codes<M>::load(slot, block64, a);
-                uint4 b[SETS];
+        for (int block64 = 0; block64 < K / 64; ++block64) {
+            uint32_t a[2][4];
+            Codes<M>::load(slot, block64, a);
+            const uint4(&b)[SETS] = input.b[in_segment / 64 + block64];
+#pragma unroll
+            for (int step = 0; step < 2; ++step) {
                 for (int set = 0; set < SETS; ++set) {
-                    // {x, y} and {z, w} are the B fragments of two steps.
-                    const int offset = 128 * pair + 8 * set * ACTIVATION_STRIDE;
-                    b[set] = *reinterpret_cast<const uint4*>(planes[odd] + offset);
+                    Codes<M>::multiply(products[set], a[step], step == 0 ? b[set].x : b[set].z,
+                                       step == 0 ? b[set].y : b[set].w);
                 }
-#pragma unroll
-                for (int step = 0; step < 2; ++step) {
-                    for (int set = 0; set < SETS; ++set) {
-                        Codes<M>::multiply(products[set], a[step], step == 0 ? b[set].x : b[set].z,
-                                           step == 0 ? b[set].y : b[set].w);
-                    }
-                    const int k = 64 * odd + 32 * step, group = 128 / M::GROUP * pair + k / M::GROUP;
-                    if ((k + 32) % M::GROUP == 0 || (K % 128 != 0 && 128 * pair + k + 32 == K)) {
-                        add_group(block, products, scales + group * TILE_ROWS * M::SCALE_BYTES,
-                                  (segment * SEGMENT + in_segment) / M::GROUP + group);
-                    }
+                const int k = 64 * block64 + 32 * step, group = k / M::GROUP;
+                if ((k + 32) % M::GROUP == 0 || k + 32 == K) {
+                    add_group(products, scales + group * TILE_ROWS * M::SCALE_BYTES,
+                              input.group_sum[in_segment / M::GROUP + group]);
                 }
             }
         }
@@ -110,28 +142,22 @@ class Unit<M, true> {
     __device__ float seen() const { return sum_[0][0] + sum_[0][1]; }
 
     template <class Take>
-    __device__ void finish(const Block& block, int segment, Take take) const {
-        const int output = block.lane() / 4;
+    __device__ void finish(const Block& block, const Input& input, Take take) const {
         for (int set = 0; set < SETS; ++set) {
-            const int row = block.lane() % 4 + 4 * set;
-            if (row >= ROWS) continue;
-            const float scale = block.scales()->segment[row * MAX_SEGMENTS + segment];
-            take(row * TILE_ROWS + output, sum_[set][0] * scale);
-            take(row * TILE_ROWS + output + 8, sum_[set][1] * scale);
+            if (ROWS % 4 != 0 && block.lane() % 4 + 4 * set >= ROWS) continue;
+            take(4 * set * TILE_ROWS, sum_[set][0] * input.worth[set]);
+            take(4 * set * TILE_ROWS + 8, sum_[set][1] * input.worth[set]);
         }
     }
 
   private:
-    // Adds the finished products of a group and begins the next.
-    __device__ void add_group(const Block& block, int (&products)[SETS][4], const uint8_t* scales,
-                              int group) {
+    // Adds the finished products of a group and begins the next. `scales`: those of the lane's first output.
+    __device__ void add_group(int (&products)[SETS][4], const uint8_t* scales,
+                              const float (&group_sum)[SETS]) {
         for (int set = 0; set < SETS; ++set) {
-            const int row = min_of(block.lane() % 4 + 4 * set, ROWS - 1);
-            float group_sum = 0.0f;
-            if constexpr (M::BITS == 4) group_sum = block.scales()->group_sum[row * MAX_GROUPS + group];
             for (int half = 0; half < 2; ++half) {
-                sum_[set][half] = Codes<M>::scaled(Codes<M>::exact(products[set], half), group_sum, scales,
-                                                   block.lane() / 4 + 8 * half, sum_[set][half]);
+                sum_[set][half] = Codes<M>::scaled(Codes<M>::exact(products[set], half), group_sum[set],
+                                                   scales, 8 * half, sum_[set][half]);
             }
             for (int i = 0; i < 4; ++i) products[set][i] = 0;
         }
@@ -141,12 +167,6 @@ class Unit<M, true> {
 };
 
 // ---- all units of a stage ----
-
-// Units of a round: of whole tiles, unless that makes it much shorter.
-template <class M>
-constexpr int ROUND =
-    ROUND_UNITS % M::HELD_SEGMENTS < WARPS / 2 ? ROUND_UNITS / M::HELD_SEGMENTS * M::HELD_SEGMENTS
-                                               : ROUND_UNITS;
 
 // The block's share of M, the matrix of `stage`, times its activations. When it is made it waits for the
 // first weights. Then, for each part() of the input: the activations in place and a barrier, run(), and
@@ -158,7 +178,8 @@ class Products {
         : partition_(block.shared()->partition[stage]),
           tiles_(partition_.tiles()),
           line_(opaque(block.lane() * 16)),
-          input_(opaque(Unit<M>::input_of(block))) {
+          input_(opaque(Unit<M>::input_of(block))),
+          place_(opaque(Unit<M>::place_of(block))) {
         begin(block, M::SPLIT ? partition_.first_part() : 0);
     }
 
@@ -177,19 +198,29 @@ class Products {
     __device__ void run(Block& block, Start start, Epilogue epilogue) {
         const int units = tiles_ * segments();
         if constexpr (M::SPLIT) run_whole_tiles(block, start, epilogue);
+        typename Unit<M>::Input input;
+        float* buffers = block.shared()->part;
+        if constexpr (SAME_SEGMENT<M>) {
+            input.load(block, input_, block.warp() % M::HELD_SEGMENTS);
+            sync_threads<THREADS>();  // all have theirs
+            buffers = reinterpret_cast<float*>(block.memory);
+        }
         int parity = 0;
         for (int first = whole_tiles() * segments(); first < units; first += ROUND<M>) {
             const int last = min_of(first + ROUND<M>, units);
-            float* sums = block.shared()->part + parity * ROUND_UNITS * ROWS * TILE_ROWS;
+            float* sums = buffers + parity * ROUND<M> * UNIT_SUMS;
             for (int unit = first + (block.warp() - first & (WARPS - 1)); unit < last; unit += WARPS) {
-                float* of_unit = sums + (unit - first) * ROWS * TILE_ROWS;
-                multiply(block, unit % segments(), [&](int place, float sum) { of_unit[place] = sum; });
+                const int segment = SAME_SEGMENT<M> ? block.warp() % M::HELD_SEGMENTS : unit % segments();
+                if (!SAME_SEGMENT<M>) input.load(block, input_, segment);
+                float* of_unit = sums + (unit - first) * UNIT_SUMS + place_;
+                multiply(block, input, segment, [&](int place, float sum) { of_unit[place] = sum; });
                 leave_unit(block, unit + WARPS < units);
             }
             sync_threads<THREADS>();
             add_segments(block, sums, first, last, parity, start, epilogue);
             parity ^= 1;
         }
+        if constexpr (SAME_SEGMENT<M>) sync_threads<THREADS>();  // all have added up
     }
 
   private:
@@ -198,7 +229,7 @@ class Products {
     // Waits for the warp's first slot, which does not depend on the input: that may arrive meanwhile.
     __device__ void begin(Block& block, int part) {
         part_ = part;
-        if (block.warp() < whole_tiles() || has_units(block)) slot_ = block.stream.wait() + line_;
+        if (block.warp() < whole_tiles() || has_units(block)) block.stream.wait();
     }
 
     __device__ int whole_tiles() const { return M::SPLIT ? partition_.whole_tiles() : 0; }
@@ -210,7 +241,7 @@ class Products {
 
     // Waits for the first slot of the warp's next unit, if it has `more`, and fetches over borders.
     __device__ void leave_unit(Block& block, bool more) {
-        if (more) slot_ = block.stream.wait() + line_;
+        if (more) block.stream.wait();
         block.stream.refill();
     }
 
@@ -219,12 +250,15 @@ class Products {
     // slot back.
     template <class Start, class Epilogue>
     __device__ void run_whole_tiles(Block& block, Start start, Epilogue epilogue) {
-        float* sums = block.shared()->part + (ROUND_UNITS + block.warp()) * ROWS * TILE_ROWS;
+        float* sums = block.shared()->part + (ROUND<M> + block.warp()) * UNIT_SUMS;
+        typename Unit<M>::Input input;
         for (int tile = block.warp(); tile < whole_tiles(); tile += WARPS) {
             for (int segment = 0; segment < segments(); ++segment) {
                 const bool last = segment + 1 == segments();
-                multiply(block, segment,
-                         [&](int place, float sum) { sums[place] = segment == 0 ? sum : sums[place] + sum; });
+                float* own = sums + place_;
+                input.load(block, input_, segment);
+                multiply(block, input, segment,
+                         [&](int place, float sum) { own[place] = segment == 0 ? sum : own[place] + sum; });
                 leave_unit(block, !last || tile + WARPS < whole_tiles() || has_units(block));
             }
             __syncwarp();
@@ -252,26 +286,28 @@ class Products {
                         : blockIdx.x + own_tile * gridDim.x;
     }
 
-    // Multiplies a unit, whose first slot is there. take: see Unit::finish(). `segment` counts in what the
-    // block holds.
+    // Multiplies a unit, whose first slot is there, by the input of its segment, which counts in what the
+    // block holds. take: see Unit::finish().
     template <class Take>
-    __device__ void multiply(Block& block, int segment, Take take) {
+    __device__ void multiply(Block& block, const typename Unit<M>::Input& input, int segment, Take take) {
         Unit<M> unit;
         const int first = ((M::SPLIT ? part_ * M::IN_PART : 0) + segment) * M::SLOTS_PER_SEGMENT;
-        const int last =
-            M::SLOTS_PER_SEGMENT == 1 ? first + 1 : min_of(first + M::SLOTS_PER_SEGMENT, M::SLOTS);
-#pragma unroll 1
-        for (int slot = first; slot < last; ++slot) {
-            const int in_segment = (slot - first) * M::SLOT_K;
-            if (M::TAIL_K == M::SLOT_K || slot + 1 < M::SLOTS) {
-                unit.template add<M::SLOT_K>(block, slot_, input_, segment, in_segment);
+        const int slots = M::SLOTS_PER_SEGMENT == 1 ? 1 : min_of(M::SLOTS_PER_SEGMENT, M::SLOTS - first);
+#pragma unroll(M::BITS == 16 ? 1 : M::SLOTS_PER_SEGMENT)  // integers have their input in registers
+        for (int i = 0; i < M::SLOTS_PER_SEGMENT; ++i) {
+            if (i > 0) {
+                if (i == slots) break;
+                block.stream.wait();
+            }
+            const uint8_t* line = block.stream.slot() + line_;
+            if (M::TAIL_K == M::SLOT_K || first + i + 1 < M::SLOTS) {
+                unit.template add<M::SLOT_K>(block, line, input, i * M::SLOT_K);
             } else {
-                unit.template add<M::TAIL_K>(block, slot_, input_, segment, in_segment);
+                unit.template add<M::TAIL_K>(block, line, input, i * M::SLOT_K);
             }
             block.stream.release(unit.seen());
-            if (slot + 1 < last) slot_ = block.stream.wait() + line_;
         }
-        unit.finish(block, segment, take);
+        unit.finish(block, input, take);
     }
 
     // Adds the segments of units [first, last) in ascending order, those of a part from zero, and the parts,
@@ -291,7 +327,7 @@ class Products {
             const auto segment = [&](int unit) {
                 return sums[((unit - first) * ROWS + row) * TILE_ROWS + output];
             };
-            if constexpr (M::SEGMENTS == M::PARTS * M::IN_PART && ROUND<M> % M::HELD_SEGMENTS == 0) {
+            if constexpr (EVEN_ROUNDS<M>) {
                 float x = start(tile, row);
 #pragma unroll
                 for (int part = 0; part < HELD_PARTS; ++part) {
@@ -304,13 +340,13 @@ class Products {
                 return;
             }
             float sum = 0.0f;
-            constexpr int ROUND_CARRY = 2 * ROWS * TILE_ROWS;
+            constexpr int ROUND_CARRY = 2 * UNIT_SUMS;
             float* carry = block.shared()->carry + row * TILE_ROWS + output;
             const int begin = max_of(first, tile_begin), end = min_of(last, tile_end);
             float before = start(tile, row);  // the parts that are complete
             if (begin > tile_begin) {
                 sum = carry[parity * ROUND_CARRY];
-                before = carry[parity * ROUND_CARRY + ROWS * TILE_ROWS];
+                before = carry[parity * ROUND_CARRY + UNIT_SUMS];
             }
             for (int unit = begin; unit < end;) {
                 const int in_tile = unit - tile_begin, part = HELD_PARTS == 1 ? 0 : in_tile / M::IN_PART;
@@ -322,7 +358,7 @@ class Products {
             }
             if (valid && end < tile_end) {
                 carry[(parity ^ 1) * ROUND_CARRY] = sum;
-                carry[(parity ^ 1) * ROUND_CARRY + ROWS * TILE_ROWS] = before;
+                carry[(parity ^ 1) * ROUND_CARRY + UNIT_SUMS] = before;
             }
             epilogue(tile, tile_of(tile), row, before + sum, valid && end == tile_end);
         });
@@ -330,7 +366,7 @@ class Products {
     }
 
     const Partition& partition_;
-    const int tiles_, line_, input_;  // the block's of a part; the lane's in a line and in the activations
+    const int tiles_;                 // the block's of a part
+    const int line_, input_, place_;  // the lane's in a line, in the activations and among a unit's sums
     int part_;                        // that the block is at
-    const uint8_t* slot_;             // that waits to be multiplied
 };

@@ -235,8 +235,11 @@ class CopyRing {
     __device__ const uint8_t* wait() {
         copy_async_wait<SLOTS - 1>();  // as many groups were closed since: release(), refill()
         __syncwarp();
-        return slots_ + head_ * SLOT_CAPACITY;
+        return slot();
     }
+
+    // What the last wait() returned.
+    __device__ const uint8_t* slot() const { return slots_ + head_ * SLOT_CAPACITY; }
 
     // Gives the slot of the last wait() back; the next of the stream, if it is of the same matrix, is fetched
     // into it. A group of copies is closed for every slot given back, be it empty. `result` is what became of
@@ -317,18 +320,23 @@ template <int SLOTS>
 class BulkRing {
   public:
     __device__ BulkRing(const PassArgs&, BulkState& state, uint8_t* slots)
-        : state_(state), slots_(slots + threadIdx.x / 32 * SLOTS * SLOT_CAPACITY) {}
+        : state_(state),
+          full_(state.full[threadIdx.x / 32]),
+          slot_(slots + threadIdx.x / 32 * SLOTS * SLOT_CAPACITY) {}
 
     __device__ const uint8_t* wait() {
-        await_copy(state_.full[threadIdx.x / 32] + head_, parity_);
-        return slots_ + head_ * SLOT_CAPACITY;
+        await_copy(full_, parity_);
+        return slot_;
     }
+
+    __device__ const uint8_t* slot() const { return slot_; }
 
     __device__ void release(float result) {
         const bool served = all_have(result);
         __syncwarp();
-        if (served && threadIdx.x % 32 == 0) mbarrier_arrive(state_.empty[threadIdx.x / 32] + head_);
-        if (++head_ == SLOTS) head_ = 0, parity_ ^= 1;
+        if (served && threadIdx.x % 32 == 0) mbarrier_arrive(full_ + EMPTY);
+        ++head_, ++full_, slot_ += SLOT_CAPACITY;
+        if (head_ == SLOTS) head_ = 0, full_ -= SLOTS, slot_ -= SLOTS * SLOT_CAPACITY, parity_ ^= 1;
     }
 
     __device__ void refill() {}
@@ -336,10 +344,13 @@ class BulkRing {
     __device__ void abandon() { store_relaxed_shared(&state_.abandoned, 1); }
 
   private:
+    static constexpr int EMPTY = WARPS * MAX_RING_SLOTS;  // from a slot's barrier in BulkState::full on
+
     BulkState& state_;
-    uint8_t* slots_;
     int head_ = 0;         // the oldest slot
     uint32_t parity_ = 0;  // of the phase in which it gets full
+    uint64_t* full_;       // its barrier
+    const uint8_t* slot_;
 };
 
 // What the fetching warps do: one lane per ring fills it until the end of the stream, or until the block

@@ -44,8 +44,8 @@ struct VectorFormat<16> {
         if (HEAD_DIM % 32 != 0 && d >= HEAD_DIM) return make_uint4(0, 0, 0, 0);
         return *reinterpret_cast<const uint4*>(query + d);
     }
-    static __device__ uint4 load_key(const uint8_t* key, int j, int turn) {
-        const int piece = 4 * j + threadIdx.x % 4;
+    static __device__ uint4 load_key(const uint8_t* key, int t, int j, int turn) {
+        const int piece = 4 * j + t;
         if (HEAD_DIM % 32 != 0 && piece >= HEAD_DIM / 8) return make_uint4(0, 0, 0, 0);
         return *reinterpret_cast<const uint4*>(key + 16 * rotated(piece, turn, KEY_ROTATION));
     }
@@ -104,9 +104,9 @@ struct VectorFormat<8> {
         return q;
     }
     // Where HEAD_DIM ends in the middle of a step it reads on: any byte is a finite number.
-    static __device__ uint4 load_key(const uint8_t* key, int j, int) {
+    static __device__ uint4 load_key(const uint8_t* key, int t, int j, int) {
         uint4 k = make_uint4(0, 0, 0, 0);
-        const uint8_t* four = key + 32 * j + 4 * (threadIdx.x % 4);
+        const uint8_t* four = key + 32 * j + 4 * t;
         widen(*reinterpret_cast<const uint32_t*>(four), k.x, k.y);
         if (32 * j + 16 < HEAD_DIM) widen(*reinterpret_cast<const uint32_t*>(four + 16), k.z, k.w);
         return k;

@@ -51,8 +51,8 @@ ONE_ROW, WHOLE = "one row", "whole tiles"  # builds besides BULK and COPY
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(i))"
 MISSING = "packet[i].w != tag"
-AWAIT = "await_copy(state_.full[threadIdx.x / 32] + head_, parity_)"
-ARRIVE = "mbarrier_arrive(state_.empty[threadIdx.x / 32] + head_)"
+AWAIT = "await_copy(full_, parity_)"
+ARRIVE = "mbarrier_arrive(full_ + EMPTY)"
 PLANES = "plane_offset(column % 2, 0, block.lane() % 4)"
 EXPECT = "mbarrier_arrive_expect(full, cursor.bytes())"
 TILE_STEP, GRID = "partition_.tile_step()", "static_cast<int>(gridDim.x)"
@@ -70,8 +70,8 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     # The ring that bulk copies fill: who empties it,
     "bulk copy not waited for": (BULK, [STREAM(AWAIT, "void()")]),
     "parity of a full slot not flipped": (BULK, [STREAM("parity_ ^= 1", "parity_")]),
-    "emptying wraps a slot early": (BULK, [STREAM("++head_ == SLOTS", "++head_ == SLOTS - 1")]),
-    "emptying wraps a slot late": (BULK, [STREAM("++head_ == SLOTS", "++head_ == SLOTS + 1")]),
+    "emptying wraps a slot early": (BULK, [STREAM("head_ == SLOTS", "head_ == SLOTS - 1")]),
+    "emptying wraps a slot late": (BULK, [STREAM("head_ == SLOTS", "head_ == SLOTS + 1")]),
     "slot given back before it is read": (
         BULK,
         [
@@ -232,7 +232,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "parts added together": (ONE_ROW, [MATVEC("before += sum, sum = 0.0f", "0.0f")]),
     "a sum begins anew in each round": (ONE_ROW, [MATVEC("begin > tile_begin", "false")]),
     "the sum before last goes on": (ONE_ROW, [MATVEC("parity", "(parity ^ 1)", "sum = carry[parity *")]),
-    "complete parts left behind": (ONE_ROW, [MATVEC("before", "start(tile, row)", "TILE_ROWS] = before")]),
+    "complete parts left behind": (ONE_ROW, [MATVEC("before", "start(tile, row)", "UNIT_SUMS] = before")]),
     "a part ends with the round": (
         ONE_ROW,
         [MATVEC("in_tile == part * M::IN_PART", "(in_tile == part * M::IN_PART || unit == begin)")],
@@ -349,8 +349,8 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         ],
     ),
     # ... and their sums.
-    "the last segment for the tile": (WHOLE, [MATVEC("segment == 0 ? sum : sums[place] + sum", "sum")]),
-    "another warp's sums": (WHOLE, [MATVEC("ROUND_UNITS + block.warp()", "ROUND_UNITS")]),
+    "the last segment for the tile": (WHOLE, [MATVEC("segment == 0 ? sum : own[place] + sum", "sum")]),
+    "another warp's sums": (WHOLE, [MATVEC("ROUND<M> + block.warp()", "ROUND<M>")]),
     "whole tiles once more": (
         WHOLE,
         [MATVEC("whole_tiles() * segments()", "0", "first = whole_tiles() * segments()")],
@@ -373,7 +373,11 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "a segment's power of two too large": (BULK, [ARITHMETIC("(largest + 1) >> 7", "largest >> 7")]),
     "another segment's power of two": (
         BULK,
-        [Edit("matvec.cuh", "row * MAX_SEGMENTS + segment", "row * MAX_SEGMENTS")],
+        [Edit("matvec.cuh", "row * SEGMENT_STRIDE + segment", "row * SEGMENT_STRIDE")],
+    ),
+    "the first segment for every warp": (
+        ONE_ROW,
+        [MATVEC("block.warp() % M::HELD_SEGMENTS", "0", "input_, block.warp() % M::HELD_SEGMENTS")],
     ),
     "segments of a batch in one place": (BULK, [Edit("activations.cuh", "unit += WARPS", "unit += 0")]),
     # Keys and values.
@@ -445,6 +449,9 @@ WHOLE_BARRIERS = {
     and "Of what the block holds." in SOURCES["matvec.cuh"][match.start() :]
 }
 
+# Before the logits are listed: another one stands there if the warps have the lm_head's input in registers.
+LOGITS_BARRIER = place_after(SOURCES, "candidates.cuh", "return args.candidates + row * RESULT_PACKETS; };\n")
+
 # Every mistake that the builds of mutable_source() can make.
 MISTAKES: dict[str, list[Change]] = {
     **{name: [change(SOURCES, edit) for edit in edits] for name, (_, edits) in (MUTATIONS | LEAVING).items()},
@@ -455,7 +462,7 @@ MISTAKES: dict[str, list[Change]] = {
 
 def ring_of(place: str) -> str:
     """The build that has the code of `place`."""
-    if place in WHOLE_BARRIERS:
+    if place in WHOLE_BARRIERS or place == LOGITS_BARRIER:
         return WHOLE
     at, text = BARRIERS[place].start(), SOURCES["stream.cuh"]
     copies = range(text.index("class CopyRing"), text.index("struct BulkState"))
@@ -582,19 +589,23 @@ class WholeTiles(Mutable):
     PART_SEGMENTS = 2
 
     def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
-        """And the squares of the residual stream, as OneRow's."""
+        """And the squares of the residual stream, as OneRow's; and candidates."""
         yield deep_logits(decoder, self.tokens[:2], 2)
         yield decoder.stages()[-1]["hidden_squares"]
+        yield flat(decoder.listed(self.tokens[:2], 0, self.QUERIED, {1: 1.0})[1])
 
 
 class OneRow(Mutable):
-    """The build for one row: down_proj's input has three parts, and some of its tiles go over two rounds."""
+    """The build for one row: down_proj's input has three parts, and some of its tiles go over two rounds.
+
+    Of the other matrices' two segments a warp takes one.
+    """
 
     CASE = Case(
         "llama_biases",
         "int8",
         rows=1,
-        changes={"hidden_size": 528, "head_dim": 32, "intermediate_size": 2800, "vocab_size": 64},
+        changes={"hidden_size": 424, "head_dim": 32, "intermediate_size": 2800, "vocab_size": 64},
     )
 
     def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
