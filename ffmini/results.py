@@ -18,6 +18,7 @@ from .kernel import MOST_LISTED, STATUS
 RESULT = np.dtype([("id", "<i4"), ("complete", "<u4"), ("value", "<f4"), ("tag", "<u4")])
 RESULT_PACKETS = 1 + MAX_QUERIED + MOST_LISTED  # of a row: the header, the queried tokens, the candidates
 _NO_TOKEN, _GAVE_UP = (STATUS.names.index(name) for name in ("no_token", "gave_up"))
+_NO_VALUES = np.empty(0, np.float32)
 _LINE = 128  # bytes: what the host writes and what the device writes is not in the same line
 
 
@@ -40,7 +41,10 @@ class RowResults:
         """What the packets say, once they are there. NaN stays NaN."""
         split = 1 + num_queried
         end = split + self._header[0]
-        queried, total = self._values[1:split].copy(), float(self._values[0])
+        total, finite, queried = float(self._values[0]), True, _NO_VALUES
+        if num_queried:
+            queried = self._values[1:split].copy()
+            finite = np.count_nonzero(np.isfinite(queried)) == num_queried
         return Candidates(
             queried=queried,
             ids=self._ids[split:end].astype(np.int64),
@@ -48,7 +52,7 @@ class RowResults:
             complete=self._header[1] != 0,
             total=total,
             fetch=fetch,
-            finite=math.isfinite(total) and np.count_nonzero(np.isfinite(queried)) == num_queried,
+            finite=finite and math.isfinite(total),
         )
 
 

@@ -84,7 +84,7 @@ def weigh(scores: np.ndarray, top: np.float32, inverse_temperature: np.float32) 
     """Unnormalised probabilities (float64 [n]) of `scores` [n]; one equal to `top` has 1."""
     weights = scores.astype(np.float64)
     weights -= float(top)  # in place: for a whole vocabulary fresh memory costs more than the arithmetic
-    weights *= inverse_temperature  # as a float32, which is what the decoder's normaliser has
+    weights *= float(inverse_temperature)  # that of a float32, which is what the decoder's normaliser has
     return np.exp(weights, out=weights)
 
 
