@@ -6,6 +6,7 @@ CuPy is imported on first use, so this module can be imported anywhere.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ TOKEN_SECONDS = 0.02  # a pass that was launched ahead waits so long for its tok
 ROW_NUMBERS = np.arange(MAX_ROWS, dtype=np.int32)
 NOT_READY = 600  # cudaErrorNotReady
 LOOK_SECONDS = 0.003  # between looks at CUDA's own state while results are awaited
+PASSES_OF_A_TOKEN = 4  # at most: a pass and one ahead of it, both perhaps twice
 POLLS = 50  # of results between looks at the pass's status
 
 Build = TypeVar("Build", PassBuild, ChunkBuild)
@@ -491,10 +493,14 @@ class GPUDecoder:
         self._pass += 1
         return self._pass
 
+    @functools.cached_property
+    def _last_number(self) -> int:
+        """The largest number of a pass whose tags fit into their word."""
+        return (2**32 - 1 - self.config.num_layers) // (self.config.num_layers + 1)
+
     def _reserve_passes(self, count: int) -> None:
         """Wipe every packet, once the queued passes have ended, if there are not so many numbers left."""
-        last = (2**32 - 1 - self.config.num_layers) // (self.config.num_layers + 1)
-        if self._pass + count <= last:
+        if self._pass + count <= self._last_number:
             return
         self._check_status()
         with self._on_device():
@@ -521,9 +527,44 @@ class GPUDecoder:
         the last id. Any other call, and settle(), make it leave. Errors are those of forward().
         """
         self._check_open()
+        answered = self._is_awaited(works)  # by a pass that has begun: what follows is brief then
+        last, residual = works, 0
+        if not answered:
+            last, residual = self._run_all_but_last(works, ahead)
+        self._listed = 0
+        try:
+            if not answered:
+                self._reserve_passes(PASSES_OF_A_TOKEN)
+            asked = self._queue_queries(last)
+            listing = self._deliver(last[0], asked[0]) if answered else None
+            self._begun = begun = _Begun(works, last, asked, ahead, residual, listing)
+            if last:
+                self._start(begun)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _is_awaited(self, works: Sequence[Work]) -> bool:
+        """Whether `works` are the token that a pass waits for, so that nothing about them is wrong."""
+        waiting = self._waiting
+        if waiting is None or len(works) != 1:
+            return False
+        (work,) = works
+        if not (len(work.tokens) == len(work.queries) == 1 and work.tokens.dtype.kind in "iu"):
+            return False
+        follows = work.start == waiting.work.start and work.slot == waiting.work.slot
+        follows = (
+            follows and self._checked == waiting.number - 1 and 0 <= work.tokens[0] < self.config.vocab_size
+        )
+        same_sum = work.queries[0].inverse_temperature == waiting.inverse_temperature
+        return bool(follows and same_sum and self._pass + PASSES_OF_A_TOKEN <= self._last_number)
+
+    def _run_all_but_last(self, works: Sequence[Work], ahead: bool) -> tuple[Sequence[Work], int]:
+        """Check `works` and run what goes in passes before the last one; that one's, and its residual."""
         limits = self.num_slots, self.max_rows, self.max_seq_len, self.config.vocab_size
         rows, queried = check_works(works, ahead, *limits)
-        last, residual = works, 0
+        last: Sequence[Work] = works
+        residual = 0
         if len(works) == 1 and queried and self._takes_chunks(rows):
             last, residual = self._run_long(works[0])
         elif rows > self.max_rows or queried == 0:
@@ -531,15 +572,7 @@ class GPUDecoder:
             self._run_unqueried(before)
         if self._checked < self._pass - (self._waiting is not None):
             self.finish()  # passes that nobody asked about
-        self._listed = 0
-        try:
-            self._reserve_passes(4)  # a pass and one ahead of it, both perhaps twice
-            self._begun = begun = _Begun(works, last, self._queue_queries(last), ahead, residual)
-            if last:
-                self._start(begun)
-        except BaseException:
-            self._abandon()
-            raise
+        return last, residual
 
     def _run_long(self, work: Work) -> tuple[list[Work], int]:
         """All rows of `work` in chunks; what is left for the last pass, and where it finds its rows."""
@@ -611,7 +644,7 @@ class GPUDecoder:
             return [[] for _ in begun.works]
         try:
             while not self._await_results(begun):
-                self._release_waiting()
+                begun.listing = None
                 self._start(begun)
             listing, asked = begun.listing, iter(begun.asked)
             found = [[self._assemble(listing, next(asked)) for _ in work.queries] for work in begun.works]
@@ -638,8 +671,10 @@ class GPUDecoder:
             queried.held = NO_IDS
 
     def _start(self, begun: _Begun) -> None:
-        """Give the last rows to the pass that waits for them, or launch one; and the next one ahead."""
-        begun.listing = self._deliver(begun) or self._list(begun.last, begun.asked, begun.residual)
+        """Launch the last pass, unless one that waited has its rows already; and the next one ahead."""
+        if begun.listing is None:
+            self._release_waiting()
+            begun.listing = self._list(begun.last, begun.asked, begun.residual)
         if begun.ahead:
             (work,), (asked,) = begun.last, begun.asked
             end = work.start + len(work.tokens)
@@ -673,17 +708,10 @@ class GPUDecoder:
             self._device_ids[place, : len(ids)].set(ids)
         return False
 
-    def _deliver(self, begun: _Begun) -> _Listing | None:
-        """Give the waiting pass its token; None if it is not for this one, or has left."""
+    def _deliver(self, work: Work, asked: _Asked) -> _Listing | None:
+        """Give the pass that waits for `work` its token; None if it has left."""
         waiting = self._waiting
-        if waiting is None:
-            return None
-        work, asked = begun.last[0], begun.asked[0]
-        fits = len(begun.last) == len(work.tokens) == 1 and waiting.work.start == work.start
-        fits = fits and waiting.work.slot == work.slot
-        fits = fits and waiting.inverse_temperature == asked.inverse_temperature
-        if not fits or self._host.no_token == waiting.number:
-            self._release_waiting()
+        if waiting is None or self._host.no_token == waiting.number:
             return None
         self._host.mailbox[0] = mail(waiting.number, int(work.tokens[0]), asked.append)
         self._waiting = None
@@ -708,10 +736,7 @@ class GPUDecoder:
 
     def _await_results(self, begun: _Begun) -> bool:
         """Wait for all that the last pass says; False if it ended for want of its token."""
-        for asked in begun.asked:  # not all(): a generator takes a microsecond that the device waits for
-            if not self._await_row(begun.listing, asked.row, len(asked.ids)):
-                return False
-        return True
+        return all(self._await_row(begun.listing, asked.row, len(asked.ids)) for asked in begun.asked)
 
     def _await_row(self, listing: _Listing, row: int, num_queried: int) -> bool:
         """The same of one row."""

@@ -363,7 +363,7 @@ def test_a_generation_that_is_abandoned(tmp_path: Path, monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.setattr(decoder, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
-                ask(decoder, np.array([5]), 12, query([1]), ahead=True)
+                ask(decoder, np.array([5]), 12, query([1], 0.8), ahead=True)
         assert np.array_equal(decoder.forward(np.array([1, 2, 3]), 0), plain)
     assert same(run_greedily(decoder, 12, ahead=True), expected)
     decoder.settle()
