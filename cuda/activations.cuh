@@ -76,7 +76,7 @@ class Aligner {
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const int group = segment_[i] * (SEGMENT / M::GROUP) + lane / LANES;
-            if (exists_[i] && lane % LANES == 0 && group < ceil_div(M::HELD_K, M::GROUP)) {
+            if (exists_[i] && lane % LANES == 0) {
                 block.scales()->group_sum[row_[i] * GROUP_STRIDE + group] =
                     static_cast<float>(static_cast<int>(sum[i]));
             }

@@ -99,17 +99,19 @@ constexpr int SCRATCH_BYTES =
 // ---- rounds: units multiplied between two additions ----
 constexpr int UNIT_SUMS = ROWS * TILE_ROWS;
 
-// All units of a warp are of one segment. It has the segment's input in registers (if that is integers), and
-// the sums of two rounds take the place of the activations.
+// Integers whose units, as warps take them in turns, are of the same segment for a warp: it has the segment's
+// input in registers, and the sums of two rounds take the place of the activations.
 template <class M>
 constexpr bool SAME_SEGMENT = INTEGERS && !M::SPLIT && WARPS % M::HELD_SEGMENTS == 0;
-template <class M>
-constexpr bool SUMS_APART = !M::SPLIT && !SAME_SEGMENT<M>;
 
-// Of the others, whose sums have a place of their own. Parts are short.
+// Rounds of the others, whose sums lie in SharedTail::part: longer ones pay unless all of them are of parts,
+// which are short.
+template <class M>
+constexpr bool WANTS_LONG_ROUNDS = !M::SPLIT && !SAME_SEGMENT<M>;
 constexpr bool LONG_ROUNDS =
-    SHARED_LIMIT > 200 * 1024 && (SUMS_APART<QkvProj> || SUMS_APART<OProj> || SUMS_APART<GateUpProj> ||
-                                  SUMS_APART<DownProj> || SUMS_APART<LmHead>);
+    SHARED_LIMIT > 200 * 1024 &&
+    (WANTS_LONG_ROUNDS<QkvProj> || WANTS_LONG_ROUNDS<OProj> || WANTS_LONG_ROUNDS<GateUpProj> ||
+     WANTS_LONG_ROUNDS<DownProj> || WANTS_LONG_ROUNDS<LmHead>);
 constexpr int ROUND_UNITS = WARPS * max_of(LONG_ROUNDS ? 2 : 1, 4 / ROWS);
 
 // Of whole tiles, unless that makes the round much shorter. (Rounds of more than 64 are slower: packets go
@@ -128,7 +130,9 @@ constexpr bool EVEN_ROUNDS = M::SEGMENTS == M::PARTS * M::IN_PART && ROUND<M> % 
 constexpr bool CARRIES = !(EVEN_ROUNDS<QkvProj> && EVEN_ROUNDS<OProj> && EVEN_ROUNDS<GateUpProj> &&
                            EVEN_ROUNDS<DownProj> && EVEN_ROUNDS<LmHead>);
 
-// The sums of squares lie among the sums of units if these are never alive together.
+// The sums of squares lie among the sums of units if these are never alive together: add_parts() has a
+// barrier between the last sums and the next squares, align_activations() one between these and the next
+// sums.
 constexpr int PART_SUMS = 2 * ROUND_UNITS * UNIT_SUMS, SQUARES = ROWS * HIDDEN_TILES;
 constexpr bool SQUARES_APART = !(INTEGERS && OProj::SPLIT && DownProj::SPLIT && SQUARES <= PART_SUMS);
 

@@ -136,7 +136,7 @@ __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets,
 }
 
 // Receives M's input and leaves it among the activations, as M's product wants it. complete() is called when
-// all has arrived; the block is through with it when run() first adds up a round, or returns.
+// all has arrived; all threads have returned from it when run() first adds up a round, or returns.
 template <class M, class Runs, class Rest, class Complete>
 __device__ __forceinline__ bool receive_input(Block& block, const uint4* packets, uint32_t tag, int where,
                                               int part, Rest rest, Complete complete) {
@@ -257,7 +257,7 @@ __device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& up
         }
         if (arrived) update.finish(block, own_tile, row, x, valid);
     });
-    return !sync_threads_or<THREADS>(!arrived);
+    return !sync_threads_or<THREADS>(!arrived);  // also: nobody adds up M's units any more
 }
 
 // Adds M's product of the block's activations, which receive(part) brings, to the residual, or publishes its

@@ -192,8 +192,9 @@ class Products {
         return true;
     }
 
-    // Nobody uses the activations any more when it returns. Rounds take turns with two buffers: whoever adds
-    // up a round is done with it before anyone begins the next but one. start, epilogue: see add_segments().
+    // The activations may be gone when it returns, and nobody uses their memory. Rounds take turns with two
+    // buffers: whoever adds up a round is done with it before anyone begins the next but one. start,
+    // epilogue: see add_segments().
     template <class Start, class Epilogue>
     __device__ void run(Block& block, Start start, Epilogue epilogue) {
         const int units = tiles_ * segments();

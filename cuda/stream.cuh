@@ -238,7 +238,7 @@ class CopyRing {
         return slot();
     }
 
-    // What the last wait() returned.
+    // What wait() returned, until it is given back.
     __device__ const uint8_t* slot() const { return slots_ + head_ * SLOT_CAPACITY; }
 
     // Gives the slot of the last wait() back; the next of the stream, if it is of the same matrix, is fetched
@@ -296,19 +296,22 @@ class CopyRing {
     int empty_ = SLOTS;        // given back and not filled
 };
 
-// What BulkRing keeps in shared memory besides its slots: the pass's items; for each slot, barriers whose
-// phases end when it is full and when it is empty again.
+// A slot's phases: when it is full and when it is empty again.
+struct SlotBarriers {
+    uint64_t full, empty;
+};
+
+// What BulkRing keeps in shared memory besides its slots: the pass's items, the slots' barriers.
 struct BulkState {
     ItemTable items;
-    uint64_t full[WARPS][MAX_RING_SLOTS];
-    uint64_t empty[WARPS][MAX_RING_SLOTS];
+    SlotBarriers barriers[WARPS][MAX_RING_SLOTS];
     uint32_t abandoned;  // the block leaves the pass early
 
     // By one thread; the block's next barrier shows it to the others.
     __device__ void initialize() {
         for (int i = 0; i < WARPS * MAX_RING_SLOTS; ++i) {
-            mbarrier_init(full[0] + i, 1);
-            mbarrier_init(empty[0] + i, 1);
+            mbarrier_init(&barriers[0][i].full, 1);
+            mbarrier_init(&barriers[0][i].empty, 1);
         }
         abandoned = 0;
         mbarrier_init_fence();
@@ -321,11 +324,11 @@ class BulkRing {
   public:
     __device__ BulkRing(const PassArgs&, BulkState& state, uint8_t* slots)
         : state_(state),
-          full_(state.full[threadIdx.x / 32]),
+          oldest_(state.barriers[threadIdx.x / 32]),
           slot_(slots + threadIdx.x / 32 * SLOTS * SLOT_CAPACITY) {}
 
     __device__ const uint8_t* wait() {
-        await_copy(full_, parity_);
+        await_copy(&oldest_->full, parity_);
         return slot_;
     }
 
@@ -334,9 +337,9 @@ class BulkRing {
     __device__ void release(float result) {
         const bool served = all_have(result);
         __syncwarp();
-        if (served && threadIdx.x % 32 == 0) mbarrier_arrive(full_ + EMPTY);
-        ++head_, ++full_, slot_ += SLOT_CAPACITY;
-        if (head_ == SLOTS) head_ = 0, full_ -= SLOTS, slot_ -= SLOTS * SLOT_CAPACITY, parity_ ^= 1;
+        if (served && threadIdx.x % 32 == 0) mbarrier_arrive(&oldest_->empty);
+        ++head_, ++oldest_, slot_ += SLOT_CAPACITY;
+        if (head_ == SLOTS) head_ = 0, oldest_ -= SLOTS, slot_ -= SLOTS * SLOT_CAPACITY, parity_ ^= 1;
     }
 
     __device__ void refill() {}
@@ -344,13 +347,11 @@ class BulkRing {
     __device__ void abandon() { store_relaxed_shared(&state_.abandoned, 1); }
 
   private:
-    static constexpr int EMPTY = WARPS * MAX_RING_SLOTS;  // from a slot's barrier in BulkState::full on
-
     BulkState& state_;
-    int head_ = 0;         // the oldest slot
-    uint32_t parity_ = 0;  // of the phase in which it gets full
-    uint64_t* full_;       // its barrier
-    const uint8_t* slot_;
+    int head_ = 0;          // the oldest slot,
+    uint32_t parity_ = 0;   // of the phase in which it gets full,
+    SlotBarriers* oldest_;  // its barriers
+    const uint8_t* slot_;   // and where it is
 };
 
 // What the fetching warps do: one lane per ring fills it until the end of the stream, or until the block
@@ -364,17 +365,18 @@ __device__ __forceinline__ void fill_rings(const PassArgs& args, BulkState& stat
     const uint64_t policy = evict_first_policy();
     Cursor cursor;
     cursor.start(args, state.items, warp);
+    SlotBarriers* barriers = state.barriers[warp];
     uint8_t* ring = slots + warp * SLOTS * SLOT_CAPACITY;
     int tail = 0, oldest = 0, under_way = 0;      // slots: the next to be filled, the oldest under way
     uint32_t tail_parity = 1, oldest_parity = 0;  // before its first phase a slot counts as empty
     for (uint32_t polls = 0; cursor.has_slot() || under_way > 0; ++polls) {
-        if (under_way > 0 && mbarrier_test(state.full[warp] + oldest, oldest_parity)) {
+        if (under_way > 0 && mbarrier_test(&barriers[oldest].full, oldest_parity)) {
             --under_way;
             if (++oldest == SLOTS) oldest = 0, oldest_parity ^= 1;
         }
         if (cursor.has_slot() && under_way < min_of(COPIES_IN_FLIGHT, SLOTS) &&
-            mbarrier_test(state.empty[warp] + tail, tail_parity)) {
-            uint64_t* full = state.full[warp] + tail;
+            mbarrier_test(&barriers[tail].empty, tail_parity)) {
+            uint64_t* full = &barriers[tail].full;
             mbarrier_arrive_expect(full, cursor.bytes());
             copy_bulk(ring + tail * SLOT_CAPACITY, cursor.source(), cursor.bytes(), full, policy);
             cursor.advance();

@@ -4,7 +4,8 @@
 //
 // put_key(), put_value(): a warp writes the vector of `position`;
 // load_query(), load_key(): the lane's operands for dimensions 32 j .. 32 j + 31, in two steps of 16 (x and
-//   y, z and w), in an order of k of the format's own; load_key() takes the vector of position g;
+//   y, z and w), in an order of k of the format's own; load_key() takes the vector of position g, and t from
+//   where registers are short: what follows from threadIdx itself is kept over a whole layer;
 // key_scales(): what a product of the two is worth, for the keys of positions 2 t and 2 t + 1;
 // value_piece(): where 16 bytes of a value are that the lane gives to load_transposed();
 // value_tile(): A operand of 16 dimensions by 8 positions, of LOAD_TILES that one load brings; row g of half

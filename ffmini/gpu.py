@@ -545,19 +545,22 @@ class GPUDecoder:
             raise
 
     def _is_awaited(self, works: Sequence[Work]) -> bool:
-        """Whether `works` are the token that a pass waits for, so that nothing about them is wrong."""
+        """Whether `works` are the token that a pass waits for; only its query's ids can be wrong then."""
         waiting = self._waiting
         if waiting is None or len(works) != 1:
             return False
         (work,) = works
-        if not (len(work.tokens) == len(work.queries) == 1 and work.tokens.dtype.kind in "iu"):
+        tokens, queries = work.tokens, work.queries
+        if tokens.shape != (1,) or tokens.dtype.kind not in "iu" or len(queries) != 1:
             return False
-        follows = work.start == waiting.work.start and work.slot == waiting.work.slot
-        follows = (
-            follows and self._checked == waiting.number - 1 and 0 <= work.tokens[0] < self.config.vocab_size
+        return (
+            work.start == waiting.work.start
+            and work.slot == waiting.work.slot
+            and queries[0].inverse_temperature == waiting.inverse_temperature
+            and 0 <= tokens.item() < self.config.vocab_size
+            and self._checked == waiting.number - 1
+            and self._pass + PASSES_OF_A_TOKEN <= self._last_number
         )
-        same_sum = work.queries[0].inverse_temperature == waiting.inverse_temperature
-        return bool(follows and same_sum and self._pass + PASSES_OF_A_TOKEN <= self._last_number)
 
     def _run_all_but_last(self, works: Sequence[Work], ahead: bool) -> tuple[Sequence[Work], int]:
         """Check `works` and run what goes in passes before the last one; that one's, and its residual."""

@@ -293,9 +293,14 @@ def test_a_whole_vocabulary_queried(tmp_path: Path) -> None:
     decoder.close()
 
 
-def run_greedily(decoder: gpu.GPUDecoder, count: int, ahead: bool, pause: float = 0.0) -> list[np.ndarray]:
-    """All that `count` passes say, each of the token that came first in the one before and is queried now."""
-    ids: list[int] = []
+def run_greedily(
+    decoder: gpu.GPUDecoder, count: int, ahead: bool, pause: float = 0.0, ids: list[int] | None = None
+) -> list[np.ndarray]:
+    """All that `count` passes say, each of the token that came first in the one before and is queried now.
+
+    `ids`: an empty list, which gets those that were queried.
+    """
+    ids = [] if ids is None else ids
     token, results = 1, []
     for position in range(count):
         if token not in ids:
@@ -359,11 +364,12 @@ def test_a_generation_that_is_abandoned(tmp_path: Path, monkeypatch: pytest.Monk
     expected = run_greedily(decoder, 12, ahead=False)
     plain = decoder.forward(np.array([1, 2, 3]), 0)
     for name in ("_await_results", "_deliver", "_list"):
-        assert same(run_greedily(decoder, 12, ahead=True), expected)
+        ids: list[int] = []
+        assert same(run_greedily(decoder, 12, ahead=True, ids=ids), expected)
         with monkeypatch.context() as patch:
             patch.setattr(decoder, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
-                ask(decoder, np.array([5]), 12, query([1], 0.8), ahead=True)
+                ask(decoder, np.array(ids[-1:]), 12, query(ids, 0.8), ahead=True)
         assert np.array_equal(decoder.forward(np.array([1, 2, 3]), 0), plain)
     assert same(run_greedily(decoder, 12, ahead=True), expected)
     decoder.settle()

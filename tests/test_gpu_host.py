@@ -400,6 +400,40 @@ def test_other_calls_than_the_awaited_one(ahead: bool) -> None:
     assert outcomes.count("awaited") == ahead and outcomes.count("left") == 6 * ahead
 
 
+@pytest.mark.parametrize("tokens", [[[9]], [[9, 9]], [VOCAB], [-1], [9.0], [True]], ids=str)
+def test_what_cannot_be_the_awaited_token(tokens: list[Any]) -> None:
+    """It is refused, and the pass waits on."""
+    decoder, asked = HostSide(), query([3])
+    ask(decoder, np.array([1]), 0, asked, ahead=True)
+    with pytest.raises(ValueError, match="token ids"):
+        decoder.begin([Work(0, np.array(tokens), 1, (asked,))], ahead=True)
+    check(ask(decoder, np.array([7]), 1, asked), 7, 1, asked)
+    assert decoder.outcomes() == [(0, "plain"), (1, "awaited")]
+
+
+@pytest.mark.parametrize("name", ["_is_awaited", "_queue_queries", "_deliver", "_start", "_await_results"])
+def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Wherever it comes on a token's way to its pass, before or after: what is asked next is right."""
+    inner = getattr(gpu.GPUDecoder, name)
+    for after in (False, True):
+        decoder, asked = HostSide(), query([3])
+        ask(decoder, np.array([1]), 0, asked, ahead=True)
+
+        def interrupted(*args: Any, after: bool = after) -> None:
+            if after:
+                inner(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu.GPUDecoder, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ask(decoder, np.array([7]), 1, asked, ahead=True)
+        for token in (8, 9):
+            check(ask(decoder, np.array([token]), token - 6, asked, ahead=True), token, token - 6, asked)
+        assert decoder._waiting is not None
+        decoder.settle()
+
+
 def test_a_late_token() -> None:
     """The waiting pass has left when the token comes, or just before: the pass is launched again."""
     decoder = HostSide(token_seconds=0.1)

@@ -199,8 +199,8 @@ def check_residual_bits(decoder: SimDecoder, oracle: CPUDecoder, tokens: np.ndar
 
 
 # Of down_proj's input of five and a half segments and o_proj's of two and a half, whose parts end within
-# heads: six parts and three, three and two, two and one.
-IN_PARTS = {"intermediate_size": 1400, "head_dim": 80, "num_attention_heads": 8}
+# heads: six parts and three, three and two, two and one. The hidden state has three segments.
+IN_PARTS = {"hidden_size": 528, "intermediate_size": 1400, "head_dim": 80, "num_attention_heads": 8}
 DTYPES = ("bf16", "int8", "int4")
 
 
