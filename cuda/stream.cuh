@@ -309,9 +309,12 @@ struct BulkState {
 
     // By one thread; the block's next barrier shows it to the others.
     __device__ void initialize() {
-        for (int i = 0; i < WARPS * MAX_RING_SLOTS; ++i) {
-            mbarrier_init(&barriers[0][i].full, 1);
-            mbarrier_init(&barriers[0][i].empty, 1);
+#pragma unroll 1
+        for (SlotBarriers(&ring)[MAX_RING_SLOTS] : barriers) {
+            for (SlotBarriers& slot : ring) {
+                mbarrier_init(&slot.full, 1);
+                mbarrier_init(&slot.empty, 1);
+            }
         }
         abandoned = 0;
         mbarrier_init_fence();
