@@ -85,6 +85,18 @@ struct InputPackets {
     static constexpr bool WHOLE = EVEN && MOST % (BATCH * STEP) == 0;  // batches
 };
 
+// Keeps what the block holds of a packet's elements, the first of which is k of that, among a row's
+// activations. It is packet `in_run` of its run.
+template <class M, class Runs>
+__device__ __forceinline__ void keep_elements(uint16_t* activations, const uint4& packet, int in_run, int k) {
+    const uint32_t words[3] = {packet.x, packet.y, packet.z};
+    for (int w = 0; w < Runs::PER_PACKET / 2; ++w) {
+        const bool exists = in_run * Runs::PER_PACKET + 2 * w < Runs::LENGTH;
+        const bool held = InputPackets<M, Runs>::EVEN || (k + 2 * w >= 0 && k + 2 * w < M::HELD_K);
+        if (exists && held) *reinterpret_cast<uint32_t*>(activations + k + 2 * w) = words[w];
+    }
+}
+
 // Receives M's input, all of it or part `part` if a block holds one at a time, as bf16 among the activations.
 // `packets`: [ROWS][runs]; rest(row, run, packet) takes what the last packet of a run brings besides. False,
 // in this lane alone, if one did not come.
@@ -122,12 +134,7 @@ __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets,
             const int in_run = like - run * Runs::PACKETS, later = i / P::PERIOD * P::SHIFT;
             const int k = (run + later) * Runs::LENGTH + in_run * Runs::PER_PACKET +
                           (P::EVEN ? 0 : first_run * Runs::LENGTH - begin);
-            const uint32_t words[3] = {packet[i].x, packet[i].y, packet[i].z};
-            for (int w = 0; w < Runs::PER_PACKET / 2; ++w) {
-                const bool exists = in_run * Runs::PER_PACKET + 2 * w < Runs::LENGTH;
-                const bool held = P::EVEN || (k + 2 * w >= 0 && k + 2 * w < M::HELD_K);
-                if (exists && held) *reinterpret_cast<uint32_t*>(activations + k + 2 * w) = words[w];
-            }
+            keep_elements<M, Runs>(activations, packet[i], in_run, k);
             if (in_run + 1 == Runs::PACKETS) rest(row, run + later, packet[i]);
         }
         batch += P::BATCH * P::STEP;
