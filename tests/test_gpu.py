@@ -522,6 +522,8 @@ CHUNKED: list[tuple[str, str, int, int, dict[str, Any]]] = [
     ("llama2", "bf16", 128, 300, {"intermediate_size": 9000}),  # down_proj's input has three parts
     ("qwen3", "int4", 128, 300, {"intermediate_size": 9000}),
     ("llama_biases", "int8", 64, 300, AWKWARD["head_dim_80_parts"]),
+    # Sixteen segments: a warp's units are of one.
+    ("llama2", "int4", 128, 300, {"hidden_size": 4096, "head_dim": 64, "num_hidden_layers": 1}),
     ("mistral", "bf16", 128, 4700, {"max_position_embeddings": 6000, "sliding_window": 4500}),
 ]
 

@@ -247,6 +247,26 @@ def test_input_in_parts(
         assert same_bits(chunk.forward(tokens, DEEP, "all"), expected), chunk.blocks
 
 
+@pytest.mark.parametrize(("dtype", "hidden", "most"), [("int8", 2048, 8), ("int4", 4096, 5)])
+def test_warps_that_keep_to_a_segment(
+    pack: Callable[[Case], PackedModel], dtype: str, hidden: int, most: int
+) -> None:
+    """Eight segments of two warps each, sixteen of one: the CPU path's numbers, the same bits in all builds.
+
+    The lm_head's units take more than one round.
+    """
+    changes = {"hidden_size": hidden, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    changes |= {"intermediate_size": 72, "vocab_size": 200, "num_hidden_layers": 1}
+    packed = pack(Case("llama2", dtype, 64, changes=changes))
+    tokens, options = case_tokens(packed, 9), {"shared_limit": 227 * 1024}
+    one, some, many = (SimDecoder(packed, MAX_SEQ_LEN, rows=rows, **options) for rows in (1, 3, most))
+    check_deep_pass(many, CPUDecoder(packed, MAX_SEQ_LEN, progress=False), tokens[:most])
+    expected = deep_logits(one, tokens, 1)
+    for decoder, decoder.blocks, decoder.seed in ((many, 1, 0), (many, 3, 28), (some, 2, 3), (one, 1, 56)):
+        found = deep_logits(decoder, tokens, decoder.rows)
+        assert same_bits(found, expected), (decoder.rows, decoder.blocks)
+
+
 def test_logits_as_asked(pack: Callable[[Case], PackedModel]) -> None:
     packed = pack(SMALL)
     decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=8)
