@@ -413,11 +413,14 @@ def test_what_cannot_be_the_awaited_token(tokens: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", ["_is_awaited", "_queue_queries", "_deliver", "_start", "_await_results"])
 def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Wherever it comes on a token's way to its pass, before or after: what is asked next is right."""
+    """Wherever it comes on a token's way to its pass, before or after: what is asked next is right.
+
+    The token would join the queried ids.
+    """
     inner = getattr(gpu.GPUDecoder, name)
     for after in (False, True):
-        decoder, asked = HostSide(), query([3])
-        ask(decoder, np.array([1]), 0, asked, ahead=True)
+        decoder, asked = HostSide(), query([3, 7])
+        ask(decoder, np.array([1]), 0, query([3]), ahead=True)
 
         def interrupted(*args: Any, after: bool = after) -> None:
             if after:
