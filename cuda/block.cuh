@@ -12,6 +12,7 @@ constexpr int MAX_SEGMENTS = ceil_div(MAX_K, SEGMENT);
 // warp reads at once, fall into different banks; integers take whole segments (activations.cuh).
 constexpr int ACTIVATION_STRIDE = INTEGERS ? MAX_SEGMENTS * SEGMENT : round_up(MAX_K, 64) + 32;
 constexpr int ACTIVATION_BYTES = ROWS * ACTIVATION_STRIDE * 2;
+
 // ---- what activations that are integers are worth; behind them ----
 constexpr int MAX_GROUPS = WEIGHT_BITS == 4 ? MAX_SEGMENTS * (SEGMENT / GROUP_SIZE) : 1;  // of int4's scales
 // Odd, so that four rows' lie in different banks.
