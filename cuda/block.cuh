@@ -63,16 +63,21 @@ struct WarpCandidates {
     float sum;
 };
 
+constexpr int BUCKETS = THREADS;  // of entries with logits that are close to each other
+
 // The whole grid's lists of one row, in the block that merges them.
 struct GatheredCandidates {
-    uint64_t entry[MAX_BLOCKS * LISTED];  // as they came; then the exact ones, in any order
+    uint64_t entry[MAX_BLOCKS * LISTED];  // as they came; then the exact ones, by their buckets
     uint64_t sorted[MOST_LISTED];
     uint64_t first[WARPS];  // of each warp's share of the packets: the first entry,
     uint64_t bound[WARPS];  // the first of those that end a list
     float listed[WARPS];    // how many there are,
     float total[WARPS];     // and their blocks' sums
     float sum[MAX_BLOCKS];
-    uint32_t count;  // of the exact ones
+    uint32_t held[BUCKETS];   // by each bucket: exact entries
+    uint32_t begin[BUCKETS];  // where they begin
+    uint32_t in_warp[WARPS];  // exact entries in the buckets of each warp's threads
+    uint32_t count;           // in all
 };
 
 struct CandidateScratch {

@@ -129,6 +129,10 @@ __device__ __forceinline__ void mark_queried(const Block& block) {
 
 constexpr uint64_t NO_ENTRY = ~0ull;
 
+__device__ __forceinline__ uint64_t joined(uint32_t low, uint32_t high) {
+    return static_cast<uint64_t>(high) << 32 | low;
+}
+
 // Turns a float's bits into a number that is less if the float is greater, and back.
 __device__ __forceinline__ uint32_t rank_of(uint32_t bits) {
     return bits >> 31 ? bits : bits ^ 0x7fffffff;
@@ -136,7 +140,7 @@ __device__ __forceinline__ uint32_t rank_of(uint32_t bits) {
 
 __device__ __forceinline__ uint64_t entry_of(float logit, int token) {
     const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 becomes 0: they are equal
-    return static_cast<uint64_t>(rank_of(bits)) << 32 | static_cast<uint32_t>(token);
+    return joined(static_cast<uint32_t>(token), rank_of(bits));
 }
 
 __device__ __forceinline__ float logit_of(uint64_t entry) {
@@ -147,7 +151,7 @@ __device__ __forceinline__ float logit_of(uint64_t entry) {
 __device__ __forceinline__ uint64_t first_entry(uint64_t entry) {
     const uint32_t rank = static_cast<uint32_t>(entry >> 32), least = warp_min(rank);
     const uint32_t token = warp_min(rank == least ? static_cast<uint32_t>(entry) : 0xffffffff);
-    return static_cast<uint64_t>(least) << 32 | token;
+    return joined(token, least);
 }
 
 // Makes a lane's entries ascend.
@@ -203,29 +207,32 @@ __device__ __forceinline__ float rescale(uint64_t from, uint64_t to, float inver
 }
 
 // A warp lists its share of the block's tokens, every 16th run of 32, and adds up their exponentials relative
-// to its first one: each lane its own in ascending order, then the lanes in a fixed tree. The sum is NaN if
-// one is not finite.
+// to its first one so far: each lane its own in ascending order, then the lanes in a fixed tree. The sum is
+// NaN if one is not finite.
 __device__ __forceinline__ void list_share(const Block& block, int row) {
     const float* logits = block.args.logits + static_cast<uint64_t>(row) * VOCAB_SIZE;
     const uint32_t* marks = marks_of(block, row);
     const float inverse_temperature = block.args.inverse_temperature[row];
     const int tokens = block.own_tiles(STAGE_LM_HEAD) * TILE_ROWS;
-    uint64_t listed = NO_ENTRY;
+    uint64_t listed = NO_ENTRY, first = NO_ENTRY;
+    float sum = 0.0f;
     for (int begin = 0; begin < tokens; begin += SHARE * THREADS) {
-        uint64_t entries[SHARE + 1];
+        uint64_t entries[SHARE + 1], least = first;
         for (int i = 0; i < SHARE; ++i) {
             entries[i] = own_entry(block, logits, marks, begin + i * THREADS + block.thread);
+        }
+        for (int i = 0; i < SHARE; ++i) least = entries[i] < least ? entries[i] : least;
+        least = first_entry(least);
+        if (first != NO_ENTRY) sum *= rescale(first, least, inverse_temperature);
+        first = least;
+        for (int i = 0; i < SHARE; ++i) {
+            if (entries[i] == NO_ENTRY) continue;
+            const float logit = logit_of(entries[i]);
+            sum += rescale(entries[i], first, inverse_temperature) + (logit - logit);
         }
         entries[SHARE] = listed;
         sort_entries(entries);
         listed = first_entries(block, entries);
-    }
-    const uint64_t first = first_entry(listed);
-    float sum = 0.0f;
-    for (int own = block.thread; own < tokens; own += THREADS) {
-        const uint64_t entry = own_entry(block, logits, marks, own);
-        const float logit = logit_of(entry);
-        if (entry != NO_ENTRY) sum += rescale(entry, first, inverse_temperature) + (logit - logit);
     }
     sum = warp_sum(sum);
     WarpCandidates& share = block.candidates()->of[row][block.warp()];
@@ -262,8 +269,18 @@ constexpr int GATHERED = ceil_div(MAX_BLOCKS * LISTED, THREADS);  // entries of 
 // What is known of the whole row once all lists are there.
 struct RowSummary {
     uint64_t first;  // entry of all
-    uint64_t bound;  // the last entry whose place is certain
+    uint64_t bound;  // the last entry whose place is certain: entries up to this one are exact
     bool complete;   // every token that is not queried is in a list
+    float buckets;   // for each unit of logits
+
+    __device__ bool has(uint64_t entry) const { return entry <= bound && entry != NO_ENTRY; }
+
+    // The bucket of an exact entry, which is not less if the entry is greater. The first if all are the same
+    // or one is not finite.
+    __device__ int bucket_of(uint64_t entry) const {
+        const float bucket = (logit_of(first) - logit_of(entry)) * buckets;
+        return static_cast<int>(fminf(fmaxf(bucket, 0.0f), BUCKETS - 1));
+    }
 };
 
 // Leaves the lists in shared memory, and what each warp's share of them says; each thread keeps its own
@@ -277,7 +294,7 @@ __device__ __forceinline__ bool receive_lists(const Block& block, int row, uint6
         block.args, block.thread, THREADS, count, tag_of(block.args, NUM_LAYERS), where,
         [&](int index) { return packets + index; },
         [&](int index, const uint4& packet) {
-            s.entry[index] = static_cast<uint64_t>(packet.y) << 32 | packet.x;
+            s.entry[index] = joined(packet.x, packet.y);
             if (index % LISTED == 0) s.sum[index / LISTED] = __uint_as_float(packet.z);
         });
     uint64_t first = NO_ENTRY, bound = NO_ENTRY;
@@ -295,7 +312,7 @@ __device__ __forceinline__ bool receive_lists(const Block& block, int row, uint6
     if (block.lane() == 0) {
         s.first[block.warp()] = first, s.bound[block.warp()] = bound, s.listed[block.warp()] = listed;
     }
-    if (block.thread == 0) s.count = 0;
+    s.held[block.thread] = 0;
     return !sync_threads_or<THREADS>(!arrived);
 }
 
@@ -311,48 +328,70 @@ __device__ __forceinline__ RowSummary summarise(const Block& block, int num_quer
     const float listed = warp_sum(holds ? s.listed[warp] : 0.0f);
     row.complete = listed == static_cast<float>(VOCAB_SIZE - num_queried);
     if (row.complete) row.bound = NO_ENTRY;
+    row.buckets = BUCKETS / (logit_of(row.first) - logit_of(row.bound));
     return row;
 }
 
-// Moves the exact entries together, and adds up the blocks' sums relative to the row's first entry: each
-// thread its own in ascending order, then the lanes in a fixed tree.
-__device__ __forceinline__ void keep_exact(const Block& block, const uint64_t (&entries)[GATHERED],
-                                           const RowSummary& row, float inverse_temperature) {
+// Adds up the blocks' sums relative to the row's first entry: each thread its own in ascending order, then
+// the lanes in a fixed tree. The warps' sums are complete after the block's next barrier.
+__device__ __forceinline__ void add_sums(const Block& block, const uint64_t (&entries)[GATHERED],
+                                         const RowSummary& row, float inverse_temperature) {
     GatheredCandidates& s = block.candidates()->gathered;
     float total = 0.0f;
-    uint32_t kept = 0;
 #pragma unroll
     for (int i = 0; i < GATHERED; ++i) {
-        const uint64_t entry = entries[i];
-        if (entry == NO_ENTRY) continue;
         const int index = block.thread + i * THREADS;
-        if (index % LISTED == 0) {
-            total += s.sum[index / LISTED] * rescale(entry, row.first, inverse_temperature);
-        }
-        kept += entry <= row.bound;
-    }
-    uint32_t place = kept > 0 ? fetch_add_shared(&s.count, kept) : 0;
-#pragma unroll
-    for (int i = 0; i < GATHERED; ++i) {
-        if (entries[i] != NO_ENTRY && entries[i] <= row.bound) s.entry[place++] = entries[i];
+        if (entries[i] == NO_ENTRY || index % LISTED != 0) continue;
+        total += s.sum[index / LISTED] * rescale(entries[i], row.first, inverse_temperature);
     }
     total = warp_sum(total);
     if (block.lane() == 0) s.total[block.warp()] = total;
-    sync_threads<THREADS>();
 }
 
-// Sorts the `count` exact entries, the first MOST_LISTED of them: two lanes find the place of one by counting
-// those before it.
-__device__ __forceinline__ void sort_exact(const Block& block, int count) {
+// Works out where each bucket's entries begin: a thread for a bucket.
+__device__ __forceinline__ void place_buckets(const Block& block) {
     GatheredCandidates& s = block.candidates()->gathered;
-    for (int begin = 16 * block.warp(); begin < count; begin += THREADS / 2) {
-        const int i = begin + block.lane() / 2;
-        const uint64_t entry = s.entry[min_of(i, count - 1)];
-        uint32_t before = 0;
-#pragma unroll 4
-        for (int other = block.lane() % 2; other < count; other += 2) before += s.entry[other] < entry;
-        before += __shfl_sync(0xffffffff, before, block.lane() ^ 1);
-        if (block.lane() % 2 == 0 && i < count && before < MOST_LISTED) s.sorted[before] = entry;
+    const int lane = block.lane(), warp = block.warp();
+    const uint32_t held = s.held[block.thread];
+    uint32_t end = held;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const uint32_t before = __shfl_sync(0xffffffff, end, max_of(lane - offset, 0));
+        if (lane >= offset) end += before;
+    }
+    if (lane == 31) s.in_warp[warp] = end;
+    sync_threads<THREADS>();
+    for (int other = 0; other < warp; ++other) end += s.in_warp[other];
+    s.begin[block.thread] = end - held;
+    if (block.thread == THREADS - 1) s.count = end;
+}
+
+// Sorts the exact entries, the first MOST_LISTED of them: in the order of their buckets, few of which hold
+// many, and in each by counting those before. All is there after the block's next barrier.
+__device__ __forceinline__ void sort_exact(const Block& block, const uint64_t (&entries)[GATHERED],
+                                           const RowSummary& row) {
+    GatheredCandidates& s = block.candidates()->gathered;
+    uint32_t bucket[GATHERED], place[GATHERED];
+#pragma unroll
+    for (int i = 0; i < GATHERED; ++i) {
+        bucket[i] = row.bucket_of(entries[i]);
+        if (row.has(entries[i])) place[i] = fetch_add_shared(s.held + bucket[i], 1);
+    }
+    sync_threads<THREADS>();
+    place_buckets(block);
+    sync_threads<THREADS>();
+#pragma unroll
+    for (int i = 0; i < GATHERED; ++i) {
+        if (row.has(entries[i])) s.entry[s.begin[bucket[i]] + place[i]] = entries[i];
+    }
+    sync_threads<THREADS>();
+#pragma unroll
+    for (int i = 0; i < GATHERED; ++i) {
+        if (!row.has(entries[i])) continue;
+        const uint32_t begin = s.begin[bucket[i]], end = begin + s.held[bucket[i]];
+        uint32_t before = begin;
+        for (uint32_t other = begin; other < end; ++other) before += s.entry[other] < entries[i];
+        if (before < MOST_LISTED) s.sorted[before] = entries[i];
     }
 }
 
@@ -365,7 +404,9 @@ __device__ __forceinline__ bool merge_lists(const Block& block, int row, int num
     uint64_t entries[GATHERED];
     if (!receive_lists(block, row, entries, where)) return false;
     const RowSummary summary = summarise(block, num_queried);
-    keep_exact(block, entries, summary, block.args.inverse_temperature[row]);
+    add_sums(block, entries, summary, block.args.inverse_temperature[row]);
+    sort_exact(block, entries, summary);
+    sync_threads<THREADS>();
     const int count = static_cast<int>(s.count), listed = min_of(count, MOST_LISTED);
     if (block.warp() == WARPS - 1) {
         const float total = warp_sum(block.lane() < WARPS ? s.total[block.lane()] : 0.0f);
@@ -375,8 +416,6 @@ __device__ __forceinline__ bool merge_lists(const Block& block, int row, int num
                                      make_uint4(listed, complete, __float_as_uint(total), block.args.pass));
         }
     }
-    sort_exact(block, count);
-    sync_threads<THREADS>();
     for (int i = block.thread; i < listed; i += THREADS) {
         const uint64_t entry = s.sorted[i];
         store_relaxed_system_128(

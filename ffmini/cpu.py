@@ -466,6 +466,9 @@ class CPUDecoder:
         parts = [_Part(w.slot, np.asarray(w.tokens), w.start, len(w.queries)) for w in works]
         self._said = [_say(found, work.queries) for found, work in zip(self._run(parts), works, strict=True)]
 
+    def deliver(self, token: int, query: Query) -> None:
+        """Nothing: no pass waits for its token here."""
+
     def candidates(self) -> list[list[Candidates]]:
         """What the rows of begin() say, per work and query; once, ValueError without them.
 

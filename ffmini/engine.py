@@ -215,7 +215,7 @@ class Engine:
             return
         for run, rows in zip(runs, said, strict=True):
             try:
-                run.take(rows)
+                run.take(rows, self._decoder.deliver)
             except GenerationError as error:
                 self._fail(run, error)
                 continue

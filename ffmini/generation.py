@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .candidates import Candidates
+from .candidates import Candidates, Query
 from .config import ModelConfig
 from .errors import NON_FINITE_LOGITS, GenerationError
 from .lookup import PromptLookup
@@ -158,24 +158,29 @@ class Run:
         tokens = np.array([self._tokens[-1], *self._drafts])
         return Work(self.slot, tokens, self.computed, self._sampler.queries(self._drafts))
 
-    def take(self, said: Sequence[Candidates]) -> None:
+    def take(self, said: Sequence[Candidates], deliver: Callable[[int, Query], None]) -> None:
         """Sample from what the pass of `work` said of its rows, as far as the guesses come true.
 
-        A row after a wrong guess tells nothing of this text; its K and V are written over by the next pass.
+        `deliver` gets a token, and the query of the next, as soon as it is known that they are what the next
+        `work` will be. A row after a wrong guess tells nothing of this text; its K and V are written over by
+        the next pass.
         GenerationError if there is nothing to sample from.
         """
         for i, row in enumerate(said):
-            token = self._take_row(row)
+            token = self._take_row(row, deliver)
             if not self.goes_on or i == len(self._drafts) or token != self._drafts[i]:
                 break
         if self._drafts:
             self._lookup.judge(len(self._drafts), i)
 
-    def _take_row(self, row: Candidates) -> int:
+    def _take_row(self, row: Candidates, deliver: Callable[[int, Query], None]) -> int:
         """Add the token that is sampled from a row; returns it."""
         if not row.finite:
             raise GenerationError(NON_FINITE_LOGITS)
         token, logprobs = self._sampler.sample(row)
+        ends = token in self._sampler.end_token_ids or len(self._tokens) + 1 == self._budget
+        if not ends and self._lookup is None:
+            deliver(token, self._sampler.query())  # a stop string may end the text; looking for it can wait
         self.computed = len(self.prompt) + len(self._tokens)
         self._tokens.append(token)
         if self._lookup is not None:
@@ -184,7 +189,6 @@ class Run:
             self._logprobs.append(logprobs)
         if self._has_stops:
             self._read_token()
-        ends = token in self._sampler.end_token_ids or len(self._tokens) == self._budget
         self.goes_on = not (ends or self._filter.stopped)
         return token
 

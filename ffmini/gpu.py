@@ -123,6 +123,31 @@ class _Begun:
     listing: _Listing | None = None  # the last pass
 
 
+class _Delivered(NamedTuple):
+    """A pass that waited, and what it was given; see deliver()."""
+
+    listing: _Listing
+    token: int
+    query: Query
+    asked: _Asked
+
+    def is_for(self, works: Sequence[Work]) -> bool:
+        """Whether the pass does what begin() is asked for."""
+        if not _is_one_token(works, self.listing.work):
+            return False
+        (work,) = works
+        return work.tokens.item() == self.token and work.queries[0] is self.query
+
+
+def _is_one_token(works: Sequence[Work], awaited: Work) -> bool:
+    """Whether `works` are one token with a query, at the place of the `awaited` one."""
+    if len(works) != 1:
+        return False
+    (work,) = works
+    is_token = work.tokens.shape == (1,) and work.tokens.dtype.kind in "iu"
+    return is_token and len(work.queries) == 1 and work.start == awaited.start and work.slot == awaited.slot
+
+
 class _List:
     """One of the device's lists of queried ids."""
 
@@ -188,6 +213,7 @@ class GPUDecoder:
         self._begun: _Begun | None = None  # what candidates() is to say
         self._abandoned = False  # whether passes that nobody waits for may be under way after an error
         self._waiting: _Listing | None = None  # the last pass, if its token was not known at the launch
+        self._delivered: _Delivered | None = None  # the same once it is known, until begin() asks for it
         self._listed = 0  # the pass whose logits its candidates may fetch
         self._lists = [_List() for _ in range(MAX_ROWS)]  # of queried ids; see queried_list() in cuda/
         self._closed = False
@@ -527,40 +553,63 @@ class GPUDecoder:
         the last id. Any other call, and settle(), make it leave. Errors are those of forward().
         """
         self._check_open()
-        answered = self._is_awaited(works)  # by a pass that has begun: what follows is brief then
+        if self._waiting is not None and _is_one_token(works, self._waiting.work):
+            self.deliver(works[0].tokens.item(), works[0].queries[0])
+        answered = self._delivered is not None and self._delivered.is_for(works)
         last, residual = works, 0
         if not answered:
+            self._drop_delivered()
             last, residual = self._run_all_but_last(works, ahead)
         self._listed = 0
         try:
-            if not answered:
+            if answered:
+                (listing, _, _, asked), self._delivered = self._delivered, None
+                self._begun = begun = _Begun(works, works, [asked], ahead, 0, listing)
+            else:
                 self._reserve_passes(PASSES_OF_A_TOKEN)
-            asked = self._queue_queries(last)
-            listing = self._deliver(last[0], asked[0]) if answered else None
-            self._begun = begun = _Begun(works, last, asked, ahead, residual, listing)
+                self._begun = begun = _Begun(works, last, self._queue_queries(last), ahead, residual)
             if last:
                 self._start(begun)
         except BaseException:
             self._abandon()
             raise
 
-    def _is_awaited(self, works: Sequence[Work]) -> bool:
-        """Whether `works` are the token that a pass waits for; only its query's ids can be wrong then."""
+    def deliver(self, token: int, query: Query) -> None:
+        """What the next begin() will ask of the pass that waits, if one does: it goes on without more ado.
+
+        Whoever has a token calls this first, whatever is left to do before the begin(). If that asks for
+        something else after all, the pass was in vain.
+        """
         waiting = self._waiting
-        if waiting is None or len(works) != 1:
-            return False
-        (work,) = works
-        tokens, queries = work.tokens, work.queries
-        if tokens.shape != (1,) or tokens.dtype.kind not in "iu" or len(queries) != 1:
-            return False
+        if waiting is None or not self._can_answer(waiting, token, query):
+            return
+        self._listed = 0
+        try:
+            asked = self._ask(0, 0, query, token)
+            if self._waiting is None:  # it had to leave: the device lacked ids
+                return
+            self._host.mailbox[0] = mail(waiting.number, token, asked.append)
+            self._delivered = _Delivered(waiting, token, query, asked)
+            self._waiting = None
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _can_answer(self, waiting: _Listing, token: int, query: Query) -> bool:
+        """Whether the pass that waits is still there, and right for this token."""
         return (
-            work.start == waiting.work.start
-            and work.slot == waiting.work.slot
-            and queries[0].inverse_temperature == waiting.inverse_temperature
-            and 0 <= tokens.item() < self.config.vocab_size
+            self._host.no_token != waiting.number
+            and query.inverse_temperature == waiting.inverse_temperature
+            and 0 <= token < self.config.vocab_size
             and self._checked == waiting.number - 1
             and self._pass + PASSES_OF_A_TOKEN <= self._last_number
         )
+
+    def _drop_delivered(self) -> None:
+        """Wait for a pass that got a token in vain, if there is one."""
+        if self._delivered is not None:
+            self._abandon()
+            self.settle()
 
     def _run_all_but_last(self, works: Sequence[Work], ahead: bool) -> tuple[Sequence[Work], int]:
         """Check `works` and run what goes in passes before the last one; that one's, and its residual."""
@@ -665,7 +714,8 @@ class GPUDecoder:
     def _abandon(self) -> None:
         """After an error: nothing waits, and the ids that the device holds are not trusted."""
         self._release_waiting()
-        self._begun, self._abandoned = None, True
+        self._begun = self._delivered = None
+        self._abandoned = True
         self._forget_ids()
 
     def _forget_ids(self) -> None:
@@ -693,10 +743,13 @@ class GPUDecoder:
         for work in works:
             end += len(work.tokens)
             for i, query in enumerate(work.queries, -len(work.queries)):
-                ids = self._lists[len(asked)].checked(query, self.config.vocab_size)
-                append = self._queue_ids(len(asked), ids, int(work.tokens[i]))
-                asked.append(_Asked(end + i, ids, query.inverse_temperature, append))
+                asked.append(self._ask(len(asked), end + i, query, int(work.tokens[i])))
         return asked
+
+    def _ask(self, place: int, row: int, query: Query, token: int) -> _Asked:
+        """The row whose token that is; the device gets the ids that it lacks in list `place`."""
+        ids = self._lists[place].checked(query, self.config.vocab_size)
+        return _Asked(row, ids, query.inverse_temperature, self._queue_ids(place, ids, token))
 
     def _queue_ids(self, place: int, ids: np.ndarray, token: int) -> bool:
         """See that the device has the `ids` in that list; True if the pass must append its row's token."""
@@ -710,15 +763,6 @@ class GPUDecoder:
         with self._on_device():
             self._device_ids[place, : len(ids)].set(ids)
         return False
-
-    def _deliver(self, work: Work, asked: _Asked) -> _Listing | None:
-        """Give the pass that waits for `work` its token; None if it has left."""
-        waiting = self._waiting
-        if waiting is None or self._host.no_token == waiting.number:
-            return None
-        self._host.mailbox[0] = mail(waiting.number, int(work.tokens[0]), asked.append)
-        self._waiting = None
-        return waiting
 
     def _list(self, works: Sequence[Work], asked: Sequence[_Asked], residual: int = 0) -> _Listing:
         """Launch a pass whose rows leave the candidates that are asked for."""
@@ -792,8 +836,9 @@ class GPUDecoder:
     def settle(self) -> None:
         """End what was begun: a pass that waits for its token leaves, what others say is not asked for."""
         self._release_waiting()
-        if self._begun is not None or self._abandoned:
-            self._begun, self._abandoned = None, False
+        if self._begun is not None or self._delivered is not None or self._abandoned:
+            self._begun = self._delivered = None
+            self._abandoned = False
             self._forget_ids()
             with self._on_device():
                 self._cupy.cuda.get_current_stream().synchronize()

@@ -363,7 +363,7 @@ def test_a_generation_that_is_abandoned(tmp_path: Path, monkeypatch: pytest.Monk
     decoder = gpu.GPUDecoder(packed, 64, progress=False)
     expected = run_greedily(decoder, 12, ahead=False)
     plain = decoder.forward(np.array([1, 2, 3]), 0)
-    for name in ("_await_results", "_deliver", "_list"):
+    for name in ("_await_results", "deliver", "_list"):
         ids: list[int] = []
         assert same(run_greedily(decoder, 12, ahead=True, ids=ids), expected)
         with monkeypatch.context() as patch:

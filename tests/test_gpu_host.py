@@ -9,6 +9,7 @@ import itertools
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -141,7 +142,8 @@ class HostSide(gpu.GPUDecoder):
         self.max_rows = 4
         self._pass = self._checked = self._listed = 0
         self._gave_up: Any = np.zeros(1, np.uint32)
-        self._waiting, self._closed = None, False
+        self._waiting = self._delivered = None
+        self._closed = False
         self._begun, self._abandoned = None, False
         self._lists = [gpu._List() for _ in range(MAX_ROWS)]
         self._host = HostMemory(np.zeros(HostMemory.nbytes(4), np.uint8), 4)
@@ -400,6 +402,78 @@ def test_other_calls_than_the_awaited_one(ahead: bool) -> None:
     assert outcomes.count("awaited") == ahead and outcomes.count("left") == 6 * ahead
 
 
+def test_a_token_delivered_before_it_is_asked_for() -> None:
+    """It goes to the pass at once, a new id with it; the next begin() takes that pass."""
+    decoder, ids = HostSide(), [3]
+    ask(decoder, np.array([1]), 0, query(ids), ahead=True)
+    for position, token in enumerate((7, 7, 9), 1):
+        ids = ids if token in ids else [*ids, token]
+        asked = query(ids)
+        decoder.deliver(token, asked)
+        assert decoder._waiting is None
+        wait_for(lambda position=position: (position, "awaited") in decoder.fake.log)
+        check(ask(decoder, np.array([token]), position, asked, ahead=True), token, position, asked)
+    assert decoder.outcomes() == [(0, "plain"), (1, "awaited"), (2, "awaited"), (3, "awaited"), (4, "left")]
+
+
+IN_VAIN = {
+    "another token": (np.array([8]), 1, query([3, 7])),
+    "another position": (np.array([7]), 2, query([3, 7])),
+    "another query": (np.array([7]), 1, query([3])),
+    "two tokens": (np.array([7, 8]), 1, query([3, 7])),
+}
+
+
+@pytest.mark.parametrize("name", IN_VAIN)
+def test_a_token_delivered_in_vain(name: str) -> None:
+    """Something else is asked for, and said; the ids that the pass in vain has added do not stay."""
+    decoder = HostSide()
+    ask(decoder, np.array([1]), 0, query([3]), ahead=True)
+    decoder.deliver(7, query([3, 7]))
+    tokens, start, asked = IN_VAIN[name]
+    last = start + len(tokens) - 1
+    check(ask(decoder, tokens, start, asked, ahead=True), int(tokens[-1]), last, asked)
+    check(ask(decoder, np.array([5]), last + 1, asked), 5, last + 1, asked)
+    assert [outcome for _, outcome in decoder.outcomes()] == ["plain", "awaited", "plain", "awaited"]
+
+
+@pytest.mark.parametrize("after", ["forward", "settle"])
+def test_a_token_delivered_at_the_end(after: str) -> None:
+    """Nobody asks for what its pass says, whose logits are not those of the pass before."""
+    decoder = HostSide()
+    first = ask(decoder, np.array([1]), 0, query([3]), ahead=True)
+    decoder.deliver(7, query([3]))
+    with pytest.raises(ValueError, match="an earlier one asked for"):
+        first.fetch()
+    if after == "forward":
+        assert np.array_equal(decoder.forward(np.array([9]), 1)[0], logits_of_pass(9, 1))
+    else:
+        decoder.settle()
+        assert decoder.fake.log == [(0, "plain"), (1, "awaited")]
+    check(ask(decoder, np.array([5]), 3, query([1])), 5, 3, query([1]))
+
+
+def test_a_token_that_no_pass_waits_for() -> None:
+    """None does, or one for another temperature; what cannot be a token is left to begin()."""
+    decoder = HostSide()
+    decoder.deliver(7, query([3]))
+    ask(decoder, np.array([1]), 0, query([3]), ahead=True)
+    for token, asked in ((7, query([3], 0.5)), (VOCAB, query([3])), (-1, query([3]))):
+        decoder.deliver(token, asked)
+        assert decoder._waiting is not None
+    with pytest.raises(ValueError, match=r"queried ids must be in \[0, 300\)"):
+        decoder.deliver(7, query([VOCAB]))
+    check(ask(decoder, np.array([5]), 1, query([3])), 5, 1, query([3]))
+    assert decoder.outcomes() == [(0, "plain"), (1, "left"), (1, "plain")]
+
+
+def wait_for(happens: Callable[[], bool]) -> None:
+    end = time.perf_counter() + 5
+    while not happens():
+        assert time.perf_counter() < end
+        time.sleep(1e-3)
+
+
 @pytest.mark.parametrize("tokens", [[[9]], [[9, 9]], [VOCAB], [-1], [9.0], [True]], ids=str)
 def test_what_cannot_be_the_awaited_token(tokens: list[Any]) -> None:
     """It is refused, and the pass waits on."""
@@ -411,7 +485,7 @@ def test_what_cannot_be_the_awaited_token(tokens: list[Any]) -> None:
     assert decoder.outcomes() == [(0, "plain"), (1, "awaited")]
 
 
-@pytest.mark.parametrize("name", ["_is_awaited", "_queue_queries", "_deliver", "_start", "_await_results"])
+@pytest.mark.parametrize("name", ["deliver", "_can_answer", "_ask", "_start", "_await_results"])
 def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Wherever it comes on a token's way to its pass, before or after: what is asked next is right.
 

@@ -89,6 +89,7 @@ class ScriptedDecoder:
         self.prompt_length = prompt_length
         self.calls = []
         self.ahead = []  # of each call of candidates
+        self.delivered = []
         self.settled = 0
         self.fail_at = {}
         self.closed = False
@@ -123,6 +124,9 @@ class ScriptedDecoder:
         except BaseException:
             self._said = None
             raise
+
+    def deliver(self, token, query):
+        self.delivered.append(token)
 
     def candidates(self):
         said, self._said = self._said, None
@@ -273,6 +277,23 @@ def test_generate_goes_ahead_while_another_token_may_follow(scripted):
     model = scripted("hello")
     assert model.generate("go").text == "hello"  # which ends before the budget does
     assert (model._decoder.ahead, model._decoder.settled) == ([True] * 6, 1)
+
+
+def test_a_token_goes_on_its_way_before_the_text_is_looked_at(scripted, tokenizer):
+    """All but the last, also one that a stop string ends the text with; none where guesses may follow."""
+    model = scripted("hello")
+    ids = tokenizer.encode("hello")
+    assert model.generate("go", max_new_tokens=3).text == "hel"
+    assert model._decoder.delivered == ids[:2]
+    model = scripted("hello")
+    assert model.generate("go").text == "hello"
+    assert model._decoder.delivered == ids
+    model = scripted("hello")
+    assert model.generate("go", stop="l").text == "he"
+    assert model._decoder.delivered == ids[:3]
+    model = scripted("hello")
+    assert model.generate("go", prompt_lookup_num_tokens=4).text == "hello"
+    assert model._decoder.delivered == []
 
 
 def test_a_stream_never_goes_ahead(scripted):

@@ -263,7 +263,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "sums of warps not rescaled": (BULK, [CANDIDATES("share.sum * scale", "share.sum")]),
     "sums of blocks not rescaled": (
         BULK,
-        [CANDIDATES("rescale(entry, row.first, inverse_temperature)", "1.0f")],
+        [CANDIDATES("rescale(entries[i], row.first, inverse_temperature)", "1.0f")],
     ),
     "a list's end does not bound the others": (
         BULK,
@@ -275,10 +275,15 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "exact entries in one place": (
         BULK,
-        [CANDIDATES("kept > 0 ? fetch_add_shared(&s.count, kept) : 0", "(s.count += kept, 0)")],
+        [CANDIDATES("fetch_add_shared(s.held + bucket[i], 1)", "(s.held[bucket[i]] += 1, 0u)")],
     ),
-    "entries before one counted by one lane": (BULK, [CANDIDATES("block.lane() ^ 1", "block.lane()")]),
-    "the count of the row before": (BULK, [CANDIDATES("s.count = 0", "s.count += 0")]),
+    "a bucket that begins where it ends": (BULK, [CANDIDATES("end - held", "end")]),
+    "buckets of the warps before not counted": (BULK, [CANDIDATES("other < warp", "other < 0")]),
+    "entries not sorted in a bucket": (BULK, [CANDIDATES("other < end", "other < begin")]),
+    "the buckets of the row before": (
+        BULK,
+        [CANDIDATES("s.held[block.thread] = 0", "s.held[block.thread] += 0")],
+    ),
     "mail not handed on": (BULK, [CANDIDATES("publish(packet, mail, 0, 0, tag)", "void()")]),
     "mail handed on empty": (
         BULK,
