@@ -5,6 +5,8 @@
 // Each block lists its own most likely tokens; one block merges the lists of a row. Results are packets as
 // those of exchange.cuh, in the host's memory, with the pass number as their tag. The host polls the header,
 // then what it announces; it has everything when all tags are there, and no fence stands on the path.
+//
+// Loops of a few turns are not unrolled: they took 24 KB of instructions, and no less time.
 #pragma once
 
 #include "exchange.cuh"
@@ -92,6 +94,7 @@ template <class Visit>
 __device__ __forceinline__ void for_own_queried(const Block& block, int row, Visit visit) {
     const int known = block.args.num_queried[row], count = num_queried(block, row);
     const int* list = queried_list(block.args, row);
+#pragma unroll 1
     for (int i = block.thread; i < count; i += THREADS) {
         const int token = i < known ? list[i] : token_of(block, row);
         const int tile = token / TILE_ROWS, blocks = static_cast<int>(gridDim.x);
@@ -110,6 +113,7 @@ __device__ __forceinline__ uint32_t* marks_of(const Block& block, int row) {
 // Block 0 also appends tokens to the lists, for later passes: this one does not read those places.
 __device__ __forceinline__ void mark_queried(const Block& block) {
     const PassArgs& args = block.args;
+#pragma unroll 1
     for (int i = block.thread; i < num_rows(args) * MARK_WORDS; i += THREADS) marks_of(block, 0)[i] = 0;
     sync_threads<THREADS>();
 #pragma unroll 1
@@ -361,6 +365,7 @@ __device__ __forceinline__ void place_buckets(const Block& block) {
     }
     if (lane == 31) s.in_warp[warp] = end;
     sync_threads<THREADS>();
+#pragma unroll 1
     for (int other = 0; other < warp; ++other) end += s.in_warp[other];
     s.begin[block.thread] = end - held;
     if (block.thread == THREADS - 1) s.count = end;
@@ -390,6 +395,7 @@ __device__ __forceinline__ void sort_exact(const Block& block, const uint64_t (&
         if (!row.has(entries[i])) continue;
         const uint32_t begin = s.begin[bucket[i]], end = begin + s.held[bucket[i]];
         uint32_t before = begin;
+#pragma unroll 1
         for (uint32_t other = begin; other < end; ++other) before += s.entry[other] < entries[i];
         if (before < MOST_LISTED) s.sorted[before] = entries[i];
     }
@@ -416,6 +422,7 @@ __device__ __forceinline__ bool merge_lists(const Block& block, int row, int num
                                      make_uint4(listed, complete, __float_as_uint(total), block.args.pass));
         }
     }
+#pragma unroll 1
     for (int i = block.thread; i < listed; i += THREADS) {
         const uint64_t entry = s.sorted[i];
         store_relaxed_system_128(
