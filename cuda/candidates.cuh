@@ -6,7 +6,8 @@
 // those of exchange.cuh, in the host's memory, with the pass number as their tag. The host polls the header,
 // then what it announces; it has everything when all tags are there, and no fence stands on the path.
 //
-// Loops of a few turns are not unrolled: they took 24 KB of instructions, and no less time.
+// Loops of a few turns that index no registers are not unrolled: they took 24 KB of instructions, and no
+// less time.
 #pragma once
 
 #include "exchange.cuh"
@@ -279,8 +280,8 @@ struct RowSummary {
 
     __device__ bool has(uint64_t entry) const { return entry <= bound && entry != NO_ENTRY; }
 
-    // The bucket of an exact entry, which is not less if the entry is greater. The first if all are the same
-    // or one is not finite.
+    // The bucket of an exact entry, which is not less if the entry is greater. The first if all are the same,
+    // if all tokens are in the lists or if a logit is not finite.
     __device__ int bucket_of(uint64_t entry) const {
         const float bucket = (logit_of(first) - logit_of(entry)) * buckets;
         return static_cast<int>(fminf(fmaxf(bucket, 0.0f), BUCKETS - 1));

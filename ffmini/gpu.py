@@ -558,7 +558,8 @@ class GPUDecoder:
         answered = self._delivered is not None and self._delivered.is_for(works)
         last, residual = works, 0
         if not answered:
-            self._drop_delivered()
+            if self._delivered is not None:
+                self.settle()
             last, residual = self._run_all_but_last(works, ahead)
         self._listed = 0
         try:
@@ -604,12 +605,6 @@ class GPUDecoder:
             and self._checked == waiting.number - 1
             and self._pass + PASSES_OF_A_TOKEN <= self._last_number
         )
-
-    def _drop_delivered(self) -> None:
-        """Wait for a pass that got a token in vain, if there is one."""
-        if self._delivered is not None:
-            self._abandon()
-            self.settle()
 
     def _run_all_but_last(self, works: Sequence[Work], ahead: bool) -> tuple[Sequence[Work], int]:
         """Check `works` and run what goes in passes before the last one; that one's, and its residual."""

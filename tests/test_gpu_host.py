@@ -416,25 +416,55 @@ def test_a_token_delivered_before_it_is_asked_for() -> None:
     assert decoder.outcomes() == [(0, "plain"), (1, "awaited"), (2, "awaited"), (3, "awaited"), (4, "left")]
 
 
+DELIVERED = query([3, 7])
 IN_VAIN = {
-    "another token": (np.array([8]), 1, query([3, 7])),
-    "another position": (np.array([7]), 2, query([3, 7])),
+    "another token": (np.array([8]), 1, DELIVERED),
+    "another position": (np.array([7]), 2, DELIVERED),
     "another query": (np.array([7]), 1, query([3])),
-    "two tokens": (np.array([7, 8]), 1, query([3, 7])),
+    "two tokens": (np.array([7, 8]), 1, DELIVERED),
 }
 
 
 @pytest.mark.parametrize("name", IN_VAIN)
 def test_a_token_delivered_in_vain(name: str) -> None:
-    """Something else is asked for, and said; the ids that the pass in vain has added do not stay."""
+    """Something else is asked for, and said."""
     decoder = HostSide()
     ask(decoder, np.array([1]), 0, query([3]), ahead=True)
-    decoder.deliver(7, query([3, 7]))
+    decoder.deliver(7, DELIVERED)
     tokens, start, asked = IN_VAIN[name]
     last = start + len(tokens) - 1
     check(ask(decoder, tokens, start, asked, ahead=True), int(tokens[-1]), last, asked)
     check(ask(decoder, np.array([5]), last + 1, asked), 5, last + 1, asked)
     assert [outcome for _, outcome in decoder.outcomes()] == ["plain", "awaited", "plain", "awaited"]
+
+
+def test_a_token_delivered_in_vain_and_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass has left and has not added the id to those that it was asked for: the next one gets all."""
+    decoder, can_answer = HostSide(token_seconds=0.3), gpu.GPUDecoder._can_answer
+
+    def answer_late(*args: Any) -> bool:
+        result = can_answer(*args)
+        decoder.fake.queue.join()
+        return result
+
+    ask(decoder, np.array([1]), 0, query([3]), ahead=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.GPUDecoder, "_can_answer", answer_late)
+        decoder.deliver(7, DELIVERED)
+    assert decoder._delivered is not None
+    check(ask(decoder, np.array([8]), 1, DELIVERED), 8, 1, DELIVERED)
+    assert decoder.outcomes() == [(0, "plain"), (1, "no token"), (1, "plain")]
+
+
+def test_a_token_delivered_before_its_time() -> None:
+    """Nobody has seen what the pass before says: it gets none, as that pass's own mail may be unread."""
+    decoder, asked = HostSide(), query([3])
+    decoder.begin([Work(0, np.array([1]), 0, (asked,))], ahead=True)
+    decoder.deliver(7, asked)
+    assert decoder._delivered is None
+    [[found]] = decoder.candidates()
+    check(found, 1, 0, asked)
+    check(ask(decoder, np.array([8]), 1, asked), 8, 1, asked)
 
 
 @pytest.mark.parametrize("after", ["forward", "settle"])
