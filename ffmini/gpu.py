@@ -579,7 +579,7 @@ class GPUDecoder:
         """What the next begin() will ask of the pass that waits, if one does: it goes on without more ado.
 
         Whoever has a token calls this first, whatever is left to do before the begin(). If that asks for
-        something else after all, the pass was in vain.
+        something else after all, the pass was in vain. Errors are those of begin().
         """
         waiting = self._waiting
         if waiting is None or not self._can_answer(waiting, token, query):
