@@ -12,90 +12,122 @@ __device__ __forceinline__ int plane_offset(int plane, int block64, int t) {
     return plane * SEGMENT + 64 * (block64 ^ plane) + 16 * t;
 }
 
-// What a warp does to turn segments from bf16 into integers, BATCH of them at once: each is a chain of steps
-// that wait for each other. A lane has eight elements of each.
-template <class M, int BATCH>
+// What a warp does to turn pieces, each a segment of a row, from bf16 into integers, COUNT of them at once:
+// each is a chain of steps that wait for each other. They lie STEP bytes apart, the first at `bytes`; `held`
+// says of how many, and of an element whether the lane's eight, is there. What is not counts as zeros.
+template <int COUNT, int STEP>
 class Aligner {
   public:
-    static constexpr int SEGMENTS = M::HELD_SEGMENTS;
-
-    // Takes segments `unit`, unit + WARPS, ... of the rows, which have SEGMENTS each, counted row by row.
-    // What is behind `end` in a row counts as zeros.
-    __device__ Aligner(const Block& block, int unit, int units, int end) {
+    template <class Held>
+    __device__ Aligner(const Block& block, uint8_t* bytes, Held held) {
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i, unit += WARPS) {
-            exists_[i] = unit < units;
-            row_[i] = row_of(unit, SEGMENTS), segment_[i] = unit - row_[i] * SEGMENTS;
+        for (int i = 0; i < COUNT; ++i) {
             pairs_[i] = make_uint4(0, 0, 0, 0);
-            if (exists_[i] && segment_[i] * SEGMENT + 8 * block.lane() < end) {
-                pairs_[i] = *reinterpret_cast<const uint4*>(bytes(block, i) + 16 * block.lane());
-            }
+            if (held(i)) pairs_[i] = *reinterpret_cast<const uint4*>(bytes + i * STEP + 16 * block.lane());
         }
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) largest_[i] = warp_max(largest_bits(pairs_[i]));
+        for (int i = 0; i < COUNT; ++i) largest_[i] = warp_max(largest_bits(pairs_[i]));
         __syncwarp();  // all have read before any writes
     }
 
-    __device__ void write(const Block& block) {
-        uint32_t sum[BATCH];
+    // Leaves the integers where the bf16 were and hands to take(i, worth, sum) what one is worth and the sum
+    // of the lane's.
+    template <class Exists, class Take>
+    __device__ void write(const Block& block, uint8_t* bytes, Exists exists, Take take) {
+        const int lane = block.lane(), in_block = lane % 8 / 4 * 8;
+        uint8_t* high = bytes + plane_offset(0, lane / 8, lane % 4) + in_block;
+        uint8_t* low = bytes + plane_offset(1, lane / 8, lane % 4) + in_block;
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) sum[i] = write_planes(block, i);
-        if constexpr (M::BITS == 4) write_group_sums(block, sum);
+        for (int i = 0; i < COUNT; ++i) {
+            const AlignedEight eight(pairs_[i], largest_[i]);
+            if (exists(i)) {
+                *reinterpret_cast<uint2*>(high + i * STEP) = eight.high;
+                *reinterpret_cast<uint2*>(low + i * STEP) = eight.low;
+            }
+            take(i, worth_of(largest_[i]), eight.sum);
+        }
     }
 
   private:
-    __device__ uint8_t* bytes(const Block& block, int i) const {
-        return reinterpret_cast<uint8_t*>(block.activations() + row_[i] * ACTIVATION_STRIDE +
-                                          segment_[i] * SEGMENT);
-    }
+    uint4 pairs_[COUNT];
+    uint32_t largest_[COUNT];
+};
 
-    // Also what one is worth. The sum of the lane's integers.
-    __device__ uint32_t write_planes(const Block& block, int i) {
-        const int lane = block.lane(), in_block = lane % 8 / 4 * 8;
-        const AlignedEight eight(pairs_[i], largest_[i]);
-        if (!exists_[i]) return eight.sum;
-        *reinterpret_cast<uint2*>(bytes(block, i) + plane_offset(0, lane / 8, lane % 4) + in_block) =
-            eight.high;
-        *reinterpret_cast<uint2*>(bytes(block, i) + plane_offset(1, lane / 8, lane % 4) + in_block) =
-            eight.low;
-        if (lane == 0) {
-            block.scales()->segment[row_[i] * SEGMENT_STRIDE + segment_[i]] = worth_of(largest_[i]);
-        }
-        return eight.sum;
-    }
+// How warps share out the segments of the rows: some of the warps to each row, which take them in turns.
+constexpr int ROW_WARPS = WARPS / ROWS;
 
-    // The lanes' sums by groups of the scales.
-    __device__ void write_group_sums(const Block& block, uint32_t (&sum)[BATCH]) {
-        constexpr int LANES = M::GROUP / 8;
-        const int lane = opaque(block.lane());  // where it writes is computed here: registers are short
+// Adds the lanes' sums by groups of int4's scales.
+template <class M, int COUNT>
+__device__ __forceinline__ void add_groups(const Block& block, uint32_t (&sum)[COUNT]) {
 #pragma unroll
-        for (int offset = 1; offset < LANES; offset *= 2) {
+    for (int offset = 1; offset < M::GROUP / 8; offset *= 2) {
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) sum[i] += __shfl_xor_sync(0xffffffff, sum[i], offset);
-        }
+        for (int i = 0; i < COUNT; ++i) sum[i] += __shfl_xor_sync(0xffffffff, sum[i], offset);
+    }
+}
+
+// What comes between an input's arrival, which a barrier of the block has shown, and its products. The next
+// barrier shows the result. `end`: where what has arrived of a row ends. WHOLE: that it is the end of a
+// segment, the last that is held.
+template <class M, bool WHOLE>
+__device__ __forceinline__ void align_activations(const Block& block, int end) {
+    constexpr int SHARE = ceil_div(M::HELD_SEGMENTS, ROW_WARPS);
+    constexpr int COUNT = min_of(4, SHARE), STEP = ROW_WARPS * 2 * SEGMENT, LANES = M::GROUP / 8;
+    constexpr bool EVEN = WHOLE && M::HELD_SEGMENTS % (COUNT * ROW_WARPS) == 0;
+    const int row = block.warp() / ROW_WARPS, lane = block.lane();
+    if (row >= num_rows(block.args)) return;
+    uint8_t* bytes = block.memory + row * 2 * ACTIVATION_STRIDE;
+#pragma unroll 1
+    for (int first = block.warp() % ROW_WARPS; first < M::HELD_SEGMENTS; first += COUNT * ROW_WARPS) {
+        const auto exists = [&](int i) { return EVEN || first + i * ROW_WARPS < M::HELD_SEGMENTS; };
+        const auto held = [&](int i) {
+            return EVEN || (exists(i) && (first + i * ROW_WARPS) * SEGMENT + 8 * lane < end);
+        };
+        uint8_t* own = bytes + first * 2 * SEGMENT;
+        Aligner<COUNT, STEP> aligner(block, own, held);
+        float* worth = block.scales()->segment + row * SEGMENT_STRIDE + first;
+        uint32_t sum[COUNT];
+        aligner.write(block, own, exists, [&](int i, float worth_of_one, uint32_t sum_of_eight) {
+            if (exists(i) && lane == 0) worth[i * ROW_WARPS] = worth_of_one;
+            sum[i] = sum_of_eight;
+        });
+        if constexpr (M::BITS == 4) {
+            add_groups<M>(block, sum);
+            float* sums =
+                block.scales()->group_sum + row * GROUP_STRIDE + first * (SEGMENT / M::GROUP) + lane / LANES;
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const int group = segment_[i] * (SEGMENT / M::GROUP) + lane / LANES;
-            if (exists_[i] && lane % LANES == 0) {
-                block.scales()->group_sum[row_[i] * GROUP_STRIDE + group] =
-                    static_cast<float>(static_cast<int>(sum[i]));
+            for (int i = 0; i < COUNT; ++i) {
+                if (exists(i) && lane % LANES == 0) {
+                    sums[i * ROW_WARPS * (SEGMENT / M::GROUP)] = static_cast<float>(static_cast<int>(sum[i]));
+                }
             }
         }
     }
+}
 
-    uint4 pairs_[BATCH];
-    uint32_t largest_[BATCH];
-    int row_[BATCH], segment_[BATCH];
-    bool exists_[BATCH];
-};
-
-// What comes between an input's arrival, which a barrier of the block has shown, and its products. The next
-// barrier shows the result. `end`: where what has arrived of a row ends.
-template <class M>
-__device__ __forceinline__ void align_activations(const Block& block, int end) {
-    constexpr int BATCH = min_of(4, ceil_div(ROWS * M::HELD_SEGMENTS, WARPS));
-    const int units = num_rows(block.args) * M::HELD_SEGMENTS;
-    for (int unit = block.warp(); unit < units; unit += BATCH * WARPS) {
-        Aligner<M, BATCH>(block, unit, units, end).write(block);
+// The same for the segments that are the warp's own, of all rows; a barrier of the warp shows the result,
+// which lacks int4's sums: see Unit::Input.
+template <class M, bool WHOLE>
+__device__ __forceinline__ void align_own(const Block& block, int end) {
+    using Own = OwnSegments<M>;
+    constexpr int PIECES = ROWS * Own::MOST, COUNT = min_of(4, PIECES);
+    constexpr int STEP = ROWS == 1 ? WARPS * 2 * SEGMENT : 2 * ACTIVATION_STRIDE;
+    constexpr int PLACE_STEP = ROWS == 1 ? WARPS : SEGMENT_STRIDE;
+    const int lane = block.lane(), turn = M::turn(block.warp()), place = Own::place(turn, 0);
+    const int pieces = Own::pieces(block);
+#pragma unroll 1
+    for (int first = 0; first < pieces; first += COUNT) {
+        const auto exists = [&](int i) { return ROWS > 1 || first + i < pieces; };
+        const auto held = [&](int i) {
+            const int segment = Own::segment(turn, ROWS == 1 ? first + i : 0);
+            return exists(i) && (WHOLE || segment * SEGMENT + 8 * lane < end);
+        };
+        uint8_t* bytes = block.memory + place * 2 * SEGMENT + first * STEP;
+        Aligner<COUNT, STEP> aligner(block, bytes, held);
+        aligner.write(block, bytes, exists, [&](int i, float worth_of_one, uint32_t) {
+            if (exists(i) && lane == 0) {
+                block.scales()->segment[place + (first + i) * PLACE_STEP] = worth_of_one;
+            }
+        });
     }
 }

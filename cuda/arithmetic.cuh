@@ -50,16 +50,21 @@ __device__ __forceinline__ float embedding(const ModelArgs& args, int token, int
     return scale * static_cast<float>(static_cast<signed char>(bytes[at]));
 }
 
-// One over the root mean square of a row's residual stream from its tiles' sums of squares, in every lane of
-// the warp: each lane every 32nd tile, then the lanes in a fixed tree.
+// One over the root mean square of a row's residual stream from its tiles' sums of squares, in each of the
+// LANES lanes (32, or the 16 of a half warp) that work it out: 32 sums of every 32nd tile, then these in a
+// fixed tree. The whole warp calls it.
+template <int LANES>
 __device__ __forceinline__ float inverse_rms(const float* tile_squares) {
-    const int lane = threadIdx.x % 32;
-    float squares = 0.0f;
+    const int lane = threadIdx.x % LANES;
+    float sums[32 / LANES] = {};
 #pragma unroll
-    for (int tile = 0; tile < HIDDEN_TILES; tile += 32) {
-        if (tile + lane < HIDDEN_TILES) squares += tile_squares[tile + lane];
+    for (int tile = 0; tile < HIDDEN_TILES; tile += LANES) {
+        if (tile + lane < HIDDEN_TILES) sums[tile / LANES % (32 / LANES)] += tile_squares[tile + lane];
     }
-    return rsqrt_approx(warp_sum(squares) * (1.0f / HIDDEN_SIZE) + RMS_NORM_EPS);
+    float squares =
+        LANES == 32 ? sums[0] + __shfl_xor_sync(0xffffffff, sums[0], 16) : sums[0] + sums[32 / LANES - 1];
+    for (int offset = 8; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xffffffff, squares, offset);
+    return rsqrt_approx(squares * (1.0f / HIDDEN_SIZE) + RMS_NORM_EPS);
 }
 
 // ---- heads ----

@@ -5,8 +5,44 @@
 #include "config.cuh"
 #include "stream.cuh"
 
-constexpr int MAX_K =  // that activations are held for at a time
-    max_of(max_of(QkvProj::HELD_K, OProj::HELD_K), max_of(DownProj::HELD_K, LmHead::HELD_K));
+// ---- segments of a warp's own ----
+// Where a warp's units are of few segments, the same in every tile, it receives these itself and waits for no
+// other warp: one for each whole turn of WARPS segments and one of the rest, if there is any, which other
+// warps may have too. Each lies in a place of its own. Not if much would be received twice, of bf16 only one
+// row. (A warp's `turn`: see Matrix and UnitPlace.)
+template <class M>
+struct OwnSegments {
+    static constexpr int WHOLE = M::HELD_SEGMENTS / WARPS, REST = M::HELD_SEGMENTS % WARPS;
+    static constexpr int PERIOD =
+        REST > 0 && WARPS % REST == 0 ? REST : WARPS;  // of the rest, over the warps
+    static constexpr bool SAME_IN_TILES = REST == 0 || PERIOD == REST || OWN_TILES == 1;
+    static constexpr int RECEIVED = WHOLE * WARPS + min_of(OWN_TILES * REST, WARPS);
+    // Of those that add to the residual OWN_TILES are a block's; their input may come head by head.
+    static constexpr bool FEW = M::ADDS && SAME_IN_TILES && RECEIVED * 4 <= M::HELD_SEGMENTS * 5;
+    static constexpr bool ONE = M::HELD_SEGMENTS == WARPS;
+    static constexpr bool EXIST = !M::SPLIT && (!M::ADDS || SEGMENT % HEAD_DIM == 0) &&
+                                  (ROWS == 1 ? ONE || FEW : ONE && INTEGERS && MAX_ROWS % ROWS == 0);
+    static constexpr int MOST = EXIST ? WHOLE + (REST > 0) : 0;
+
+    static __device__ int segment(int turn, int i) { return i * WARPS + (i < WHOLE ? turn : turn % PERIOD); }
+    static __device__ int place(int turn, int i) { return i * WARPS + turn; }
+
+    // What the warp has: one segment of each row, or several of the one row.
+    template <class Block>
+    static __device__ int pieces(const Block& block) {
+        if (ROWS > 1) return num_rows(block.args);
+        return WHOLE + (M::turn(block.warp()) < OWN_TILES * REST);
+    }
+};
+
+template <class M>
+constexpr bool OWN_INPUT = OwnSegments<M>::EXIST;
+
+template <class M>
+constexpr int HELD_ELEMENTS = OWN_INPUT<M> ? OwnSegments<M>::MOST * WARPS * SEGMENT : M::HELD_K;
+constexpr int MAX_K =  // that activations have room for
+    max_of(max_of(HELD_ELEMENTS<QkvProj>, HELD_ELEMENTS<OProj>),
+           max_of(max_of(HELD_ELEMENTS<GateUpProj>, HELD_ELEMENTS<DownProj>), HELD_ELEMENTS<LmHead>));
 constexpr int MAX_SEGMENTS = ceil_div(MAX_K, SEGMENT);
 // bf16 elements. Rows lie 64 bytes off a multiple of 128, so that two rows' 64-byte pieces, which a quarter
 // warp reads at once, fall into different banks; integers take whole segments (activations.cuh).
@@ -105,10 +141,17 @@ constexpr int SCRATCH_BYTES =
 // ---- rounds: units multiplied between two additions ----
 constexpr int UNIT_SUMS = ROWS * TILE_ROWS;
 
-// Integers whose units, as warps take them in turns, are of the same segment for a warp: it has the segment's
-// input in registers, and the sums of two rounds take the place of the activations.
+// Integers whose units are of the same segment for a warp: it has the segment's input in registers, and the
+// sums of two rounds take the place of the activations.
 template <class M>
-constexpr bool SAME_SEGMENT = INTEGERS && !M::SPLIT && WARPS % M::HELD_SEGMENTS == 0;
+constexpr bool SAME_SEGMENT =
+    INTEGERS && !M::SPLIT && WARPS % M::HELD_SEGMENTS == 0 && (M::HELD_SEGMENTS == WARPS || !OWN_INPUT<M>);
+
+// Those of a warp that of its own segment, which fills them: OWN_TURNS of its units in each round.
+template <class M>
+constexpr bool OWN_SUMS = SAME_SEGMENT<M> && OWN_INPUT<M>;
+constexpr int OWN_TURNS = 4;
+static_assert(2 * OWN_TURNS * UNIT_SUMS * sizeof(float) == ROWS * SEGMENT * sizeof(uint16_t), "they fit");
 
 // Rounds of the others, whose sums lie in SharedTail::part: longer ones pay unless all of them are of parts,
 // which are short.
@@ -120,12 +163,22 @@ constexpr bool LONG_ROUNDS =
      WANTS_LONG_ROUNDS<DownProj> || WANTS_LONG_ROUNDS<LmHead>);
 constexpr int ROUND_UNITS = WARPS * max_of(LONG_ROUNDS ? 2 : 1, 4 / ROWS);
 
+// Tiles after which all warps have had equally many units of a rest of segments, see UnitPlace: a round where
+// that is not too long.
+template <class M>
+constexpr int FAIR_TILES = min_of(OWN_TILES, WARPS / OwnSegments<M>::PERIOD);
+template <class M>
+constexpr bool FAIR_ROUNDS = OWN_INPUT<M> && OwnSegments<M>::WHOLE > 0 && OwnSegments<M>::REST > 0 &&
+                             FAIR_TILES<M>* M::HELD_SEGMENTS <= 8 * WARPS;
+
 // Of whole tiles, unless that makes the round much shorter. (Rounds of more than 64 are slower: packets go
 // late.)
 constexpr int SCRATCH_UNITS = SCRATCH_BYTES / 4 / UNIT_SUMS;
 template <class M>
 constexpr int ROUND =
-    SAME_SEGMENT<M>                              ? min_of(4 * WARPS, SCRATCH_UNITS / 2 / WARPS * WARPS)
+    OWN_SUMS<M>                                  ? OWN_TURNS * WARPS
+    : SAME_SEGMENT<M>                            ? min_of(4 * WARPS, SCRATCH_UNITS / 2 / WARPS * WARPS)
+    : FAIR_ROUNDS<M>                             ? FAIR_TILES<M> * M::HELD_SEGMENTS
     : ROUND_UNITS % M::HELD_SEGMENTS < WARPS / 2 ? ROUND_UNITS / M::HELD_SEGMENTS * M::HELD_SEGMENTS
                                                  : ROUND_UNITS;
 static_assert(SCRATCH_UNITS >= 2 * WARPS, "two rounds have no place among the activations");
@@ -136,11 +189,17 @@ constexpr bool EVEN_ROUNDS = M::SEGMENTS == M::PARTS * M::IN_PART && ROUND<M> % 
 constexpr bool CARRIES = !(EVEN_ROUNDS<QkvProj> && EVEN_ROUNDS<OProj> && EVEN_ROUNDS<GateUpProj> &&
                            EVEN_ROUNDS<DownProj> && EVEN_ROUNDS<LmHead>);
 
-// The sums of squares lie among the sums of units if these are never alive together: add_parts() has a
-// barrier between the last sums and the next squares, align_activations() one between these and the next
-// sums.
-constexpr int PART_SUMS = 2 * ROUND_UNITS * UNIT_SUMS, SQUARES = ROWS * HIDDEN_TILES;
-constexpr bool SQUARES_APART = !(INTEGERS && OProj::SPLIT && DownProj::SPLIT && SQUARES <= PART_SUMS);
+// Two rounds, or the only one.
+template <class M>
+constexpr int FAIR_UNITS = FAIR_ROUNDS<M> ? ROUND<M> * (FAIR_TILES<M> < OWN_TILES ? 2 : 1) : 0;
+constexpr int PART_SUMS =
+    max_of(2 * ROUND_UNITS, max_of(FAIR_UNITS<OProj>, FAIR_UNITS<DownProj>)) * UNIT_SUMS;
+
+// The sums of squares lie among the sums of units if these are never alive together: those of matrices with a
+// norm are elsewhere, and add_parts() has a barrier between the last of the others and the next squares.
+constexpr int SQUARES = ROWS * HIDDEN_TILES;
+constexpr bool SQUARES_APART = !(SAME_SEGMENT<QkvProj> && SAME_SEGMENT<GateUpProj> && SAME_SEGMENT<LmHead> &&
+                                 OProj::SPLIT && DownProj::SPLIT && SQUARES <= PART_SUMS);
 
 struct SharedTail {
     Partition partition[NUM_STAGES];

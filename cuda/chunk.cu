@@ -249,7 +249,7 @@ template <class M>
 __device__ __forceinline__ void prepare(const Place& chunk, const uint8_t* input, bool normed) {
     if (normed) {
         for_warps(chunk.args.num_rows, [&](int row) {
-            const float scale = inverse_rms(chunk.squares() + row * HIDDEN_TILES);
+            const float scale = inverse_rms<32>(chunk.squares() + row * HIDDEN_TILES);
             if (threadIdx.x % 32 == 0) chunk.norm_scale()[row] = scale;
         });
     }

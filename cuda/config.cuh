@@ -67,8 +67,9 @@ constexpr int common_divisor(int a, int b) {  // the greatest
 // Geometry of one packed matrix; ffmini/layout.py says where each element lies. If it ADDS to the residual
 // stream its input has parts of up to PART_SEGMENTS segments, whose sums are added one after the other. Where
 // parts are split, a block has one of them at a time; otherwise it has all of the input.
-template <int N, int K, int BITS_, int GROUP_, bool ADDS = false>
+template <int N, int K, int BITS_, int GROUP_, bool ADDS_ = false>
 struct Matrix {
+    static constexpr bool ADDS = ADDS_;
     static constexpr int BITS = BITS_;
     static constexpr int GROUP = GROUP_;
     static constexpr int TILES = ceil_div(N, TILE_ROWS);
@@ -78,6 +79,10 @@ struct Matrix {
     static constexpr int IN_PART = ceil_div(SEGMENTS, PARTS);  // segments
     static constexpr bool SPLIT = SPLIT_PARTS && PARTS > 1;
     static constexpr int HELD_SEGMENTS = SPLIT ? IN_PART : SEGMENTS;  // by a block
+    // Who has the first unit: if there are few, others than those who had the few of the stage before, so
+    // that all rings hold weights that are wanted soon.
+    static constexpr int FIRST_WARP = ADDS && !SPLIT ? WARPS / 2 : 0;
+    static __device__ int turn(int warp) { return (warp - FIRST_WARP) & (WARPS - 1); }  // of a warp
     static constexpr int HELD_K = min_of(HELD_SEGMENTS * SEGMENT, K_PAD);
     static constexpr int SLOT_K = LINES_PER_SLOT * 256 / BITS;
     static constexpr int SLOTS = ceil_div(K_PAD, SLOT_K);

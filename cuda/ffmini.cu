@@ -5,6 +5,7 @@
 #include "attention.cuh"
 #include "candidates.cuh"
 #include "exchange.cuh"
+#include "input.cuh"
 #include "matvec.cuh"
 
 // ---- helpers of the stages ----
@@ -49,132 +50,49 @@ __device__ __forceinline__ void publish_residual(const Block& block, uint4* pack
     }
 }
 
-// Works out one over the root mean square of each row's residual stream from its tiles' sums of squares: warp
-// w from the last takes row w (the last warps have the fewest units), each lane every 32nd tile, then the
-// lanes in a fixed tree.
+// Works out one over the root mean square of each row's residual stream from its tiles' sums of squares, for
+// all: warp w from the last takes row w (the last warps have the fewest units).
 __device__ __forceinline__ void scale_rows(const Block& block) {
     const int row = WARPS - 1 - block.warp();
     if (row >= num_rows(block.args)) return;
-    const float scale = inverse_rms(block.shared()->tile_squares() + row * HIDDEN_TILES);
+    const float scale = inverse_rms<32>(block.shared()->tile_squares() + row * HIDDEN_TILES);
     if (block.lane() == 0) block.shared()->norm_scale[row] = scale;
 }
 
-// Nothing, where packets bring elements only.
-__device__ __forceinline__ void no_rest(int, int, const uint4&) {}
+// The same of the one row that all of a half warp's jobs are of, see for_rows_of_tiles(). If warps receive
+// M's input each by itself nobody has all squares before the first sums are added: half warps work it out
+// then.
+template <class M>
+class RowScale {
+  public:
+    __device__ float get(const Block& block, int row) {
+        if (!OWN_INPUT<M>) return block.shared()->norm_scale[row];
+        if (value_ < 0.0f) {  // jobs without a row of the pass have another's
+            const int own = min_of((2 * block.warp() + block.lane() / 16) % ROWS, num_rows(block.args) - 1);
+            value_ = inverse_rms<16>(block.shared()->tile_squares() + own * HIDDEN_TILES);
+        }
+        return value_;
+    }
+
+  private:
+    float value_ = -1.0f;
+};
 
 // What a product is added to where nothing comes before it: see Products.
 __device__ __forceinline__ float no_sum(int, int) {
     return 0.0f;
 }
 
-// How the packets of M's input are shared out: some of the warps to each row, whose packets they read in
-// turns. A lane comes to the same place in a run again after PERIOD packets, SHIFT runs further on.
-template <class M, class Runs>
-struct InputPackets {
-    static constexpr int ROW_WARPS = ROWS > 4 ? 2 : (ROWS > 2 ? 4 : (ROWS > 1 ? 8 : 16));
-    static constexpr int STEP = 32 * ROW_WARPS;
-    static constexpr int PERIOD = Runs::PACKETS / common_divisor(Runs::PACKETS, STEP);
-    static constexpr int SHIFT = PERIOD * STEP / Runs::PACKETS;
-    // Where parts are split, the runs of one; in general the first begins before it, the last ends behind it.
-    static constexpr int PART_RUNS = ceil_div(M::HELD_K, Runs::LENGTH);
-    static constexpr bool EVEN = !M::SPLIT || (M::HELD_K % Runs::LENGTH == 0 && Runs::COUNT % PART_RUNS == 0);
-    static constexpr int MOST =
-        M::SPLIT ? (EVEN ? PART_RUNS : PART_RUNS + 1) * Runs::PACKETS : Runs::ROW_PACKETS;
-    static constexpr int SHARE = ceil_div(MOST, STEP);  // of a lane
-    static constexpr int BATCH = ceil_div(SHARE, ceil_div(SHARE, RECEIVE_BATCH));
-    static constexpr bool WHOLE = EVEN && MOST % (BATCH * STEP) == 0;  // batches
-};
-
-// Keeps what the block holds of a packet's elements, the first of which is k of that, among a row's
-// activations. It is packet `in_run` of its run.
-template <class M, class Runs>
-__device__ __forceinline__ void keep_elements(uint16_t* activations, const uint4& packet, int in_run, int k) {
-    const uint32_t words[3] = {packet.x, packet.y, packet.z};
-    for (int w = 0; w < Runs::PER_PACKET / 2; ++w) {
-        const bool exists = in_run * Runs::PER_PACKET + 2 * w < Runs::LENGTH;
-        const bool held = InputPackets<M, Runs>::EVEN || (k + 2 * w >= 0 && k + 2 * w < M::HELD_K);
-        if (exists && held) *reinterpret_cast<uint32_t*>(activations + k + 2 * w) = words[w];
-    }
-}
-
-// Receives M's input, all of it or part `part` if a block holds one at a time, as bf16 among the activations.
-// `packets`: [ROWS][runs]; rest(row, run, packet) takes what the last packet of a run brings besides. False,
-// in this lane alone, if one did not come.
-template <class M, class Runs, class Rest>
-__device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets, uint32_t tag, int where,
-                                             int part, Rest rest) {
-    using P = InputPackets<M, Runs>;
-    const int begin = M::SPLIT ? part * M::HELD_K : 0, first_run = begin / Runs::LENGTH;
-    const int end = min_of(begin + M::HELD_K, Runs::COUNT * Runs::LENGTH);
-    const int count = P::EVEN ? P::MOST : (ceil_div(end, Runs::LENGTH) - first_run) * Runs::PACKETS;
-    const int row = block.warp() / P::ROW_WARPS;
-    if (row >= num_rows(block.args)) return true;
-    const int first = block.warp() % P::ROW_WARPS * 32;
-    packets += row * Runs::ROW_PACKETS + first_run * Runs::PACKETS;
-    // One row's input comes late and at once: a grid that asks for all of it again and again would keep the
-    // L2 too busy to deliver it. Of many rows the first have long come when the last do.
-    const bool await = ROWS == 1 && P::BATCH > 1 && first < count;
-    if (await && !await_packet(block, packets + first, tag, where)) return false;
-    uint16_t* activations = block.activations() + row * ACTIVATION_STRIDE;
-    Patience patience(block.args, where);
-    for (int batch = first + block.lane(); batch < count;) {
-        uint4 packet[P::BATCH];
-        const auto at = [&](int i) {
-            const int index = batch + i * P::STEP;
-            return packets + (P::WHOLE ? index : min_of(index, count - 1));
-        };
-        if (!ask_packets(tag, at, packet)) {
-            if (!patience.more()) return false;
-            continue;
-        }
-#pragma unroll
-        for (int i = 0; i < P::BATCH; ++i) {
-            if (!P::WHOLE && batch + i * P::STEP >= count) break;
-            const int like = batch + i % P::PERIOD * P::STEP, run = like / Runs::PACKETS;
-            const int in_run = like - run * Runs::PACKETS, later = i / P::PERIOD * P::SHIFT;
-            const int k = (run + later) * Runs::LENGTH + in_run * Runs::PER_PACKET +
-                          (P::EVEN ? 0 : first_run * Runs::LENGTH - begin);
-            keep_elements<M, Runs>(activations, packet[i], in_run, k);
-            if (in_run + 1 == Runs::PACKETS) rest(row, run + later, packet[i]);
-        }
-        batch += P::BATCH * P::STEP;
-    }
-    return true;
-}
-
-// Receives M's input and leaves it among the activations, as M's product wants it. complete() is called when
-// all has arrived; all threads have returned from it when run() first adds up a round, or returns.
-template <class M, class Runs, class Rest, class Complete>
-__device__ __forceinline__ bool receive_input(Block& block, const uint4* packets, uint32_t tag, int where,
-                                              int part, Rest rest, Complete complete) {
-    block.locate();  // registers are short
-    const bool arrived = receive_bf16<M, Runs>(block, packets, tag, where, part, rest);
-    const int end = min_of(M::HELD_K, Runs::COUNT * Runs::LENGTH - (M::SPLIT ? part * M::HELD_K : 0));
-    if constexpr (!INTEGERS) {  // zeros where no packet brings anything; integers take them for granted
-        for (int row = 0; row < num_rows(block.args); ++row) {
-            for (int k = end + block.thread; k < M::HELD_K; k += THREADS) {
-                block.activations()[row * ACTIVATION_STRIDE + k] = 0;
-            }
-        }
-    }
-    if (sync_threads_or<THREADS>(!arrived)) return false;
-    complete();
-    if constexpr (INTEGERS) {
-        align_activations<M>(block, end);
-        sync_threads<THREADS>();
-    }
-    return true;
-}
-
-// Receives the residual stream as publish_residual sends it, and norm_scale with it.
+// Receives the residual stream as publish_residual sends it, and its tiles' squares.
 template <class M>
 __device__ __forceinline__ bool receive_residual(Block& block, const uint4* packets, uint32_t tag,
                                                  int where) {
     const auto keep_squares = [&](int row, int tile, const uint4& packet) {
         block.shared()->tile_squares()[row * HIDDEN_TILES + tile] = __uint_as_float(packet.z);
     };
-    return receive_input<M, HiddenRuns>(block, packets, tag, where, 0, keep_squares,
-                                        [&] { scale_rows(block); });
+    return receive_input<M, HiddenRuns>(block, packets, tag, where, 0, keep_squares, [&] {
+        if (!OWN_INPUT<M>) scale_rows(block);
+    });
 }
 
 // The weights of a norm at the block's own tiles of the residual stream: asked for before a wait, kept after
@@ -274,21 +192,21 @@ __device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>
                                                        const ResidualUpdate& update, uint4* partial,
                                                        uint32_t tag, int where, Receive receive) {
     if constexpr (!M::SPLIT) {
-        if (!receive(0)) return false;
-        products.run(
-            block, [&](int own_tile, int row) { return update.before(block, own_tile, row); },
+        const bool arrived = receive(0);
+        return products.run(
+            block, arrived, [&](int own_tile, int row) { return update.before(block, own_tile, row); },
             [&](int own_tile, int, int row, float x, bool valid) {
                 update.finish(block, own_tile, row, x, valid);
             });
-        return true;
     } else {
         do {
-            if (!receive(products.part())) return false;
+            const bool arrived = receive(products.part());
             uint4* of_part = partial + products.part() * M::TILES * FLOAT_PACKETS;
-            products.run(block, no_sum, [&](int, int tile, int row, float sum, bool valid) {
+            const auto publish_product = [&](int, int tile, int row, float sum, bool valid) {
                 publish_floats(block, of_part + row * M::PARTS * M::TILES * FLOAT_PACKETS, tile, sum, tag,
                                valid);
-            });
+            };
+            if (!products.run(block, arrived, no_sum, publish_product)) return false;
         } while (products.next_part(block));
         return add_parts<M>(block, update, partial, tag, where);
     }
@@ -337,18 +255,20 @@ __device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
     if (block.own_tiles(STAGE_QKV) == 0) return true;
     const float* vectors = layer_vectors(block.args, layer);
     Products<QkvProj> products(block, STAGE_QKV);
-    if (!receive_residual<QkvProj>(block, packets.hidden(), tag, where_of(layer, STAGE_QKV))) return false;
+    const bool arrived = receive_residual<QkvProj>(block, packets.hidden(), tag, where_of(layer, STAGE_QKV));
     mark(block, layer, MARK_QKV_IN);
-    products.run(block, no_sum, [&](int, int tile, int row, float sum, bool valid) {
-        const int element = tile * TILE_ROWS + block.thread % TILE_ROWS;
-        const int here = opaque(layer);  // what follows from it is not kept while units are multiplied
-        uint4* qkv = LayerPackets(block.args.exchange, here).qkv();
-        sum *= block.shared()->norm_scale[row];
-        if (QKV_BIAS && element < ATTENTION_SIZE + 2 * KV_SIZE) sum += vectors[QKV_BIAS_OFFSET + element];
-        publish_floats(block, qkv + row * QKV_PACKETS, tile, sum, tag_of(block.args, here), valid);
-    });
+    RowScale<QkvProj> scale;
+    const bool all_arrived =
+        products.run(block, arrived, no_sum, [&](int, int tile, int row, float sum, bool valid) {
+            const int element = tile * TILE_ROWS + block.thread % TILE_ROWS;
+            const int here = opaque(layer);  // what follows from it is not kept while units are multiplied
+            uint4* qkv = LayerPackets(block.args.exchange, here).qkv();
+            sum *= scale.get(block, row);
+            if (QKV_BIAS && element < ATTENTION_SIZE + 2 * KV_SIZE) sum += vectors[QKV_BIAS_OFFSET + element];
+            publish_floats(block, qkv + row * QKV_PACKETS, tile, sum, tag_of(block.args, here), valid);
+        });
     mark(block, layer, MARK_QKV);
-    return true;
+    return all_arrived;
 }
 
 // reads: qkv, the cache. writes: attention, the rows' own K and V into the cache; of rows that see more than
@@ -388,7 +308,7 @@ __device__ __forceinline__ bool o_proj(Block& block, int layer) {
     const auto receive = [&](int part) {
         const bool arrived = receive_input<OProj, HeadRuns>(block, packets.attention(), tag, where, part,
                                                             no_rest, [&] { next.keep(block); });
-        if (arrived) mark(block, layer, MARK_O_IN);
+        mark(block, layer, MARK_O_IN);
         return arrived;
     };
     const ResidualUpdate update = {O_BIAS ? vectors + O_BIAS_OFFSET : nullptr, packets.mid_hidden(), tag};
@@ -407,32 +327,33 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
     if (block.own_tiles(STAGE_GATE_UP) == 0) return true;
     const float* vectors = layer_vectors(block.args, layer);
     Products<GateUpProj> products(block, STAGE_GATE_UP);
-    if (!receive_residual<GateUpProj>(block, packets.mid_hidden(), tag, where_of(layer, STAGE_GATE_UP))) {
-        return false;
-    }
+    const bool arrived =
+        receive_residual<GateUpProj>(block, packets.mid_hidden(), tag, where_of(layer, STAGE_GATE_UP));
     mark(block, layer, MARK_GATE_UP_IN);
-    products.run(block, no_sum, [&](int, int tile, int row, float sum, bool valid) {
-        const int output = block.thread % TILE_ROWS;
-        const int base = block.lane() & 16;
-        sum *= block.shared()->norm_scale[row];
-        if (MLP_BIAS) sum += vectors[GATE_UP_BIAS_OFFSET + tile * TILE_ROWS + output];
-        const float up = __shfl_xor_sync(0xffffffff, sum, 8);
-        const int here = opaque(layer);  // what follows from it is not kept while units are multiplied
-        uint4* activation = LayerPackets(block.args.exchange, here).activation();
-        // silu(gate) * up in outputs 0 to 7
-        const float x = silu(sum) * up;
-        const uint32_t pair = pack_with_neighbour(block, x);
-        uint32_t words[2];
-        for (int w = 0; w < 2; ++w) {
-            words[w] = __shfl_sync(0xffffffff, pair, base + 4 * (output % BF16_PACKETS) + 2 * w);
-        }
-        if (valid && output < BF16_PACKETS) {
-            publish(activation + row * ACTIVATION_PACKETS + tile * BF16_PACKETS + output, words[0], words[1],
-                    0, tag_of(block.args, here));
-        }
-    });
+    RowScale<GateUpProj> scale;
+    const bool all_arrived =
+        products.run(block, arrived, no_sum, [&](int, int tile, int row, float sum, bool valid) {
+            const int output = block.thread % TILE_ROWS;
+            const int base = block.lane() & 16;
+            sum *= scale.get(block, row);
+            if (MLP_BIAS) sum += vectors[GATE_UP_BIAS_OFFSET + tile * TILE_ROWS + output];
+            const float up = __shfl_xor_sync(0xffffffff, sum, 8);
+            const int here = opaque(layer);  // what follows from it is not kept while units are multiplied
+            uint4* activation = LayerPackets(block.args.exchange, here).activation();
+            // silu(gate) * up in outputs 0 to 7
+            const float x = silu(sum) * up;
+            const uint32_t pair = pack_with_neighbour(block, x);
+            uint32_t words[2];
+            for (int w = 0; w < 2; ++w) {
+                words[w] = __shfl_sync(0xffffffff, pair, base + 4 * (output % BF16_PACKETS) + 2 * w);
+            }
+            if (valid && output < BF16_PACKETS) {
+                publish(activation + row * ACTIVATION_PACKETS + tile * BF16_PACKETS + output, words[0],
+                        words[1], 0, tag_of(block.args, here));
+            }
+        });
     mark(block, layer, MARK_GATE_UP);
-    return true;
+    return all_arrived;
 }
 
 // reads and waits for: activation. writes: hidden of the next layer.
@@ -448,7 +369,7 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     const auto receive = [&](int part) {
         const bool arrived = receive_input<DownProj, GateUpRuns>(block, packets.activation(), tag, where,
                                                                  part, no_rest, [&] { next.keep(block); });
-        if (arrived) mark(block, layer, MARK_DOWN_IN);
+        mark(block, layer, MARK_DOWN_IN);
         return arrived;
     };
     const ResidualUpdate update = {MLP_BIAS ? vectors + DOWN_BIAS_OFFSET : nullptr, packets.next_hidden(),
@@ -469,19 +390,20 @@ __device__ __forceinline__ bool norm_lm_head(Block& block) {
     const PassArgs& args = block.args;
     if (args.candidates != nullptr) mark_queried(block);
     Products<LmHead> products(block, STAGE_LM_HEAD);
-    if (!receive_residual<LmHead>(block, packets.hidden(), tag, where_of(NUM_LAYERS, STAGE_LM_HEAD))) {
-        return false;
-    }
+    const bool arrived =
+        receive_residual<LmHead>(block, packets.hidden(), tag, where_of(NUM_LAYERS, STAGE_LM_HEAD));
     mark(block, NUM_LAYERS, MARK_QKV_IN);
-    products.run(block, no_sum, [&](int, int tile, int row, float sum, bool valid) {
-        const int token = tile * TILE_ROWS + block.thread % TILE_ROWS;
-        if (!valid || token >= VOCAB_SIZE || !(args.logits_rows >> row & 1)) return;
-        sum *= block.shared()->norm_scale[row];
-        args.logits[static_cast<uint64_t>(row) * VOCAB_SIZE + token] = sum;
-        if (!(fabsf(sum) < -MASKED)) store_relaxed_system_32(&args.status->non_finite, args.pass);
-    });
+    RowScale<LmHead> scale;
+    const bool all_arrived =
+        products.run(block, arrived, no_sum, [&](int, int tile, int row, float sum, bool valid) {
+            const int token = tile * TILE_ROWS + block.thread % TILE_ROWS;
+            sum *= scale.get(block, row);
+            if (!valid || token >= VOCAB_SIZE || !(args.logits_rows >> row & 1)) return;
+            args.logits[static_cast<uint64_t>(row) * VOCAB_SIZE + token] = sum;
+            if (!(fabsf(sum) < -MASKED)) store_relaxed_system_32(&args.status->non_finite, args.pass);
+        });
     mark(block, NUM_LAYERS, MARK_QKV);
-    return true;
+    return all_arrived;
 }
 
 // ---- the pass ----

@@ -95,10 +95,29 @@ class Unit<M, true> {
                     b[i][set] = *reinterpret_cast<const uint4*>(planes[i % 2] + offset);
                 }
 #pragma unroll
-                for (int i = 0; i < GROUPS && M::BITS == 4; ++i) {
+                for (int i = 0; i < GROUPS && M::BITS == 4 && !OWN_INPUT<M>; ++i) {
                     group_sum[i][set] = scales.group_sum[row * GROUP_STRIDE + segment * GROUPS + i];
                 }
                 worth[set] = scales.segment[row * SEGMENT_STRIDE + segment];
+            }
+            if constexpr (M::BITS == 4 && OWN_INPUT<M>) add_groups();
+        }
+
+        // A product with ones gives the columns' sums to the lanes that want them.
+        __device__ void add_groups() {
+            const uint32_t ones[4] = {0x01010101, 0x01010101, 0x01010101, 0x01010101};
+#pragma unroll
+            for (int set = 0; set < SETS; ++set) {
+                int sums[GROUPS][4] = {};
+#pragma unroll
+                for (int i = 0; i < SEGMENT / 64; ++i) {
+                    mma_16x8x32_signed(sums[64 * i / M::GROUP], ones, b[i][set].x, b[i][set].y);
+                    mma_16x8x32_signed(sums[(64 * i + 32) / M::GROUP], ones, b[i][set].z, b[i][set].w);
+                }
+#pragma unroll
+                for (int i = 0; i < GROUPS; ++i) {
+                    group_sum[i][set] = static_cast<float>(256 * sums[i][0] + sums[i][1]);
+                }
             }
         }
     };
@@ -196,35 +215,67 @@ class Products {
     // buffers: whoever adds up a round is done with it before anyone begins the next but one. start,
     // epilogue: see add_segments().
     template <class Start, class Epilogue>
-    __device__ void run(Block& block, Start start, Epilogue epilogue) {
+    __device__ bool run(Block& block, bool arrived, Start start, Epilogue epilogue) {
+        if (!OWN_INPUT<M> && !arrived) return false;
         const int units = tiles_ * segments();
         if constexpr (M::SPLIT) run_whole_tiles(block, start, epilogue);
         typename Unit<M>::Input input;
-        float* buffers = block.shared()->part;
         if constexpr (SAME_SEGMENT<M>) {
-            input.load(block, input_, block.warp() % M::HELD_SEGMENTS);
-            sync_threads<THREADS>();  // all have theirs
-            buffers = reinterpret_cast<float*>(block.memory);
+            input.load(block, input_, M::turn(block.warp()) % M::HELD_SEGMENTS);
+            if (!OWN_INPUT<M>) sync_threads<THREADS>();  // all have theirs
         }
-        int parity = 0;
+        int parity = 0, unit = whole_tiles() * segments() + M::turn(block.warp());
         for (int first = whole_tiles() * segments(); first < units; first += ROUND<M>) {
             const int last = min_of(first + ROUND<M>, units);
-            float* sums = buffers + parity * ROUND<M> * UNIT_SUMS;
-            for (int unit = first + (block.warp() - first & (WARPS - 1)); unit < last; unit += WARPS) {
-                const int segment = SAME_SEGMENT<M> ? block.warp() % M::HELD_SEGMENTS : unit % segments();
-                if (!SAME_SEGMENT<M>) input.load(block, input_, segment);
-                float* of_unit = sums + (unit - first) * UNIT_SUMS + place_;
+            while (unit < last) {
+                const int segment =
+                    SAME_SEGMENT<M> ? M::turn(block.warp()) % M::HELD_SEGMENTS : unit % segments();
+                if (!SAME_SEGMENT<M>) {
+                    constexpr int WHOLE = OwnSegments<M>::WHOLE * WARPS;
+                    const bool rest = OWN_INPUT<M> && segment >= WHOLE;
+                    input.load(block, input_, rest ? WHOLE + M::turn(block.warp()) : segment);
+                }
+                float* of_unit = sums_of(block, parity, unit - first) + place_;
                 multiply(block, input, segment, [&](int place, float sum) { of_unit[place] = sum; });
-                leave_unit(block, unit + WARPS < units);
+                unit = next_unit(block, unit);
+                leave_unit(block, unit < units);
             }
-            sync_threads<THREADS>();
-            add_segments(block, sums, first, last, parity, start, epilogue);
+            if (OWN_INPUT<M> && first == 0) {
+                if (sync_threads_or<THREADS>(!arrived)) return false;
+            } else {
+                sync_threads<THREADS>();
+            }
+            add_segments(block, first, last, parity, start, epilogue);
             parity ^= 1;
         }
-        if constexpr (SAME_SEGMENT<M>) sync_threads<THREADS>();  // all have added up
+        if constexpr (SAME_SEGMENT<M> || OWN_INPUT<M>) sync_threads<THREADS>();  // all have added up
+        return true;
     }
 
   private:
+    // Floats from a unit's sums to those of the tile's next segment.
+    static constexpr int SUMS_STEP = OWN_SUMS<M> ? SEGMENT / 2 : UNIT_SUMS;
+
+    // The warp's next unit, see UnitPlace.
+    static __device__ int next_unit(const Block& block, int unit) {
+        if (M::HELD_SEGMENTS < WARPS || M::HELD_SEGMENTS % WARPS == 0) return unit + WARPS;
+        UnitPlace place = {unit / M::HELD_SEGMENTS, unit % M::HELD_SEGMENTS};
+        place.advance(M::turn(block.warp()), M::HELD_SEGMENTS);
+        return place.tile * M::HELD_SEGMENTS + place.segment;
+    }
+
+    // Where the sums of unit `in_round` lie, [row][output].
+    static __device__ float* sums_of(const Block& block, int parity, int in_round) {
+        if constexpr (OWN_SUMS<M>) {
+            const int piece =
+                ROWS * (OWN_TURNS * parity + in_round / WARPS);  // of 16 sums, 8 of them in a row
+            return reinterpret_cast<float*>(block.memory) + piece / 8 * (ACTIVATION_STRIDE / 2) +
+                   in_round % WARPS * SUMS_STEP + piece % 8 * TILE_ROWS;
+        }
+        float* buffers = SAME_SEGMENT<M> ? reinterpret_cast<float*>(block.memory) : block.shared()->part;
+        return buffers + (parity * ROUND<M> + in_round) * UNIT_SUMS;
+    }
+
     static constexpr int HELD_PARTS = M::SPLIT ? 1 : M::PARTS;  // of a tile that the block adds up
 
     // Waits for the warp's first slot, which does not depend on the input: that may arrive meanwhile.
@@ -237,7 +288,7 @@ class Products {
 
     // Besides whole tiles.
     __device__ bool has_units(const Block& block) const {
-        return block.warp() < (tiles_ - whole_tiles()) * segments();
+        return M::turn(block.warp()) < (tiles_ - whole_tiles()) * segments();
     }
 
     // Waits for the first slot of the warp's next unit, if it has `more`, and fetches over borders.
@@ -316,8 +367,8 @@ class Products {
     // tile, row, value, valid) in half warps, lane % 16 being the output, as for_rows_of_tiles() says. Of the
     // one tile that goes on in the next round both sums are carried.
     template <class Start, class Epilogue>
-    __device__ void add_segments(Block& block, const float* sums, int first, int last, int parity,
-                                 Start start, Epilogue epilogue) const {
+    __device__ void add_segments(Block& block, int first, int last, int parity, Start start,
+                                 Epilogue epilogue) const {
         const int first_tile = first / segments(), thread = block.thread;
         const int tiles = ceil_div(last, segments()) - first_tile;
         block.thread = opaque(thread);  // what follows from it is not computed ahead, by warps without a job
@@ -325,21 +376,20 @@ class Products {
         for_rows_of_tiles(block, tiles, [&](int in_round, int row, bool valid) {
             const int tile = first_tile + in_round;
             const int tile_begin = tile * segments(), tile_end = tile_begin + segments();
-            const auto segment = [&](int unit) {
-                return sums[((unit - first) * ROWS + row) * TILE_ROWS + output];
-            };
             if constexpr (EVEN_ROUNDS<M>) {
                 float x = start(tile, row);
+                const float* sums = sums_of(block, parity, tile_begin - first) + row * TILE_ROWS + output;
 #pragma unroll
                 for (int part = 0; part < HELD_PARTS; ++part) {
                     float sum = 0.0f;
 #pragma unroll
-                    for (int i = 0; i < M::IN_PART; ++i) sum += segment(tile_begin + part * M::IN_PART + i);
+                    for (int i = 0; i < M::IN_PART; ++i) sum += sums[(part * M::IN_PART + i) * SUMS_STEP];
                     x += sum;
                 }
                 epilogue(tile, tile_of(tile), row, x, valid);
                 return;
             }
+            const float* sums = sums_of(block, parity, 0) + row * TILE_ROWS + output;
             float sum = 0.0f;
             constexpr int ROUND_CARRY = 2 * UNIT_SUMS;
             float* carry = block.shared()->carry + row * TILE_ROWS + output;
@@ -355,7 +405,7 @@ class Products {
                 const int part_end =
                     HELD_PARTS == 1 ? end : min_of(end, tile_begin + (part + 1) * M::IN_PART);
 #pragma unroll 8
-                for (; unit < part_end; ++unit) sum += segment(unit);
+                for (; unit < part_end; ++unit) sum += sums[(unit - first) * UNIT_SUMS];
             }
             if (valid && end < tile_end) {
                 carry[(parity ^ 1) * ROUND_CARRY] = sum;

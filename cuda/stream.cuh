@@ -11,18 +11,16 @@
 
 // Matrix, at run time.
 struct MatrixShape {
-    int tiles, segments, held_segments, held_parts, slots, slots_per_segment, slot_bytes, tail_bytes,
-        tile_bytes;
+    int tiles, segments, held_segments, held_parts, first_warp, slots, slots_per_segment, slot_bytes,
+        tail_bytes, tile_bytes;
     uint64_t offset;  // in its layer
 };
 
 template <class M>
 constexpr MatrixShape shape_of(uint64_t offset) {
-    return {M::TILES,         M::SEGMENTS,
-            M::HELD_SEGMENTS, M::SPLIT ? M::PARTS : 1,
-            M::SLOTS,         M::SLOTS_PER_SEGMENT,
-            M::SLOT_BYTES,    M::TAIL_BYTES,
-            M::TILE_BYTES,    offset};
+    return {M::TILES, M::SEGMENTS,          M::HELD_SEGMENTS, M::SPLIT ? M::PARTS : 1, M::FIRST_WARP,
+            M::SLOTS, M::SLOTS_PER_SEGMENT, M::SLOT_BYTES,    M::TAIL_BYTES,           M::TILE_BYTES,
+            offset};
 }
 
 __constant__ MatrixShape SHAPES[NUM_STAGES] = {
@@ -82,9 +80,32 @@ class Partition {
 
 // ---- the order of a warp's stream ----
 
+// Among the units that warps take in turns the place of the warp whose turn is number `turn`: the tile,
+// counted from 0, and the segment. Of WARPS segments it has the same ones of every tile. What is left of the
+// tiles is counted through all of them, and it takes the units turn, turn + WARPS, ... of that.
+struct UnitPlace {
+    int tile, segment;
+
+    __device__ void advance(int turn, int segments) {
+        const int in_turns = segments / WARPS * WARPS, rest = segments - in_turns;
+        if (in_turns == 0) {
+            for (segment += WARPS; segment >= segments; segment -= segments) ++tile;
+            return;
+        }
+        const int in_rest = (turn - tile * rest) & (WARPS - 1);
+        if (segment + WARPS < in_turns) {
+            segment += WARPS;
+        } else if (segment < in_turns && in_rest < rest) {
+            segment = in_turns + in_rest;
+        } else {
+            ++tile, segment = turn;
+        }
+    }
+};
+
 // Walks over the slots that one warp consumes in a pass. In a stage with a matrix a block's work is, for each
 // part of the input that it holds, a list of units, one per (own tile, segment of k), segments innermost;
-// warp w takes all those of whole tiles w, w + WARPS, ..., then units w, w + WARPS, ... of what is left. In
+// warp w takes all those of whole tiles w, w + WARPS, ..., then its turns of what is left, see UnitPlace. In
 // attention the units are the keys and then the values of the warp's tile of each of the block's items.
 class Cursor {
   public:
@@ -137,6 +158,7 @@ class Cursor {
                       ? args.lm_head
                       : args.layers + static_cast<uint64_t>(layer_) * LAYER_BYTES + shape.offset;
         partition_.start(shape);
+        turn_ = (warp_ - shape.first_warp) & (WARPS - 1);
         part_begin_ = partition_.first_part() * shape.held_segments;
         enter_part();
         return next_segment();
@@ -149,7 +171,7 @@ class Cursor {
 
     // Goes on with what is left if it is beyond the whole tiles.
     __device__ void leave_whole_tiles() {
-        if (unit_ >= partition_.whole_tiles()) unit_ = partition_.whole_tiles(), segment_ = warp_ - WARPS;
+        if (unit_ >= partition_.whole_tiles()) unit_ = partition_.whole_tiles(), segment_ = turn_ - WARPS;
     }
 
     // Here unit_ is the tile, counted among the block's, segment_ the segment, counted in the part that
@@ -164,7 +186,9 @@ class Cursor {
                 leave_whole_tiles();
                 continue;
             }
-            for (segment_ += WARPS; segment_ >= segments; segment_ -= segments) ++unit_;
+            UnitPlace place = {unit_ - partition_.whole_tiles(), segment_};
+            place.advance(turn_, segments);
+            unit_ = partition_.whole_tiles() + place.tile, segment_ = place.segment;
             if (unit_ < partition_.tiles()) break;
             part_begin_ += partition_.part_step() * shape.held_segments;
             if (part_begin_ >= shape.segments) return false;
@@ -204,7 +228,7 @@ class Cursor {
     const uint8_t* next_;
     int slots_left_;  // of the unit; 0 where cross() must be called, and at the end of the stream
     int slot_bytes_, last_bytes_;
-    int warp_, layer_, stage_, unit_, segment_, part_begin_;
+    int warp_, layer_, stage_, unit_, segment_, part_begin_, turn_;
     Partition partition_;
     const uint8_t* matrix_;
 };

@@ -211,11 +211,16 @@ def _shared_bytes(
     marks = rows * (2 * ceil_div(layouts["lm_head"].tiles, blocks) + 4)
     heads = min(8, config.num_heads // config.num_kv_heads)
     segments = ceil_div(widest, SEGMENT)
-    groups = ceil_div(widest, layouts["down_proj"].group_size)
+    if rows == 1:  # warps may have places of their own: see OwnSegments in cuda/block.cuh
+        segments = ceil_div(segments, WARPS) * WARPS
+    groups = segments * ceil_div(SEGMENT, layouts["down_proj"].group_size)
     activations = rows * (2 * (segments * SEGMENT + 32) + 4 * (segments + groups))
     attention = 64 * min(512, heads * head_dim) + head_dim * (8 * heads + 12 * rows + 28) + 2048
     own_tiles = ceil_div(tiles, blocks)
     sums = 4096 if shared_limit > 200 * 1024 else 2048  # of a row: see ROUND_UNITS in cuda/block.cuh
+    adding = [layouts[name].segments for name in ("o_proj", "down_proj")]
+    if rows == 1 and any(segments > WARPS and segments % WARPS for segments in adding):
+        sums = 10240  # with what is to spare below, the most that FAIR_ROUNDS takes
     items = (24 * rows + 4) * len(set(config.layer_windows))
     tail = rows * (sums + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + items + 9216
     splits = ceil_div(max_seq_len, KV_BLOCK)

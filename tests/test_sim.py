@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,6 +264,51 @@ def test_warps_that_keep_to_a_segment(
     check_deep_pass(many, CPUDecoder(packed, MAX_SEQ_LEN, progress=False), tokens[:most])
     expected = deep_logits(one, tokens, 1)
     for decoder, decoder.blocks, decoder.seed in ((many, 1, 0), (many, 3, 28), (some, 2, 3), (one, 1, 56)):
+        found = deep_logits(decoder, tokens, decoder.rows)
+        assert same_bits(found, expected), (decoder.rows, decoder.blocks)
+
+
+# What warps receive by themselves (OwnSegments in cuda/block.cuh), and the blocks that it is built for. The
+# last segments are not whole.
+OWN: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {"hidden_size": 4024, "head_dim": 32, "num_attention_heads": 2, "intermediate_size": 72}),
+    "a rest of two warps": (2, {"hidden_size": 64, "head_dim": 64, "intermediate_size": 10200}),
+    "turns": (4, {"hidden_size": 64, "head_dim": 128, "num_attention_heads": 6, "intermediate_size": 8152}),
+    "turns and a rest": (4, {"hidden_size": 64, "head_dim": 128, "intermediate_size": 5080}),
+    "a rest": (4, {"hidden_size": 64, "head_dim": 256, "num_attention_heads": 3, "intermediate_size": 3000}),
+}
+
+
+OWN_KINDS = [(name, "int4") for name in OWN]
+OWN_KINDS += [("one", "bf16"), ("one", "int8"), ("turns and a rest", "bf16"), ("a rest", "int8")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), OWN_KINDS)
+def test_warps_that_receive_their_own(pack: Callable[[Case], PackedModel], dtype: str, name: str) -> None:
+    """The CPU path's numbers; the same bits as where all warps receive all of it together."""
+    blocks, changes = OWN[name]
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    packed = pack(
+        Case("llama2", dtype, 64, changes=heads | changes | {"vocab_size": 200, "num_hidden_layers": 2})
+    )
+    tokens, options = case_tokens(packed, 4), {"shared_limit": 227 * 1024}
+    bulk, copy = (
+        SimDecoder(packed, MAX_SEQ_LEN, rows=1, built_for=blocks, bulk_copies=bulk, **options)
+        for bulk in (True, False)
+    )
+    together = SimDecoder(packed, MAX_SEQ_LEN, rows=3, **options)
+    some = SimDecoder(packed, MAX_SEQ_LEN, rows=4, **options)
+    bulk.blocks = blocks
+    check_deep_pass(bulk, CPUDecoder(packed, MAX_SEQ_LEN, progress=False), tokens[:1])
+    expected = deep_logits(together, tokens, 3)
+    runs = [
+        (bulk, blocks, 0),
+        (bulk, blocks + 3, 28),
+        (copy, blocks, 56),
+        (copy, blocks + 1, 3),
+        (some, 2, 13),
+    ]
+    for decoder, decoder.blocks, decoder.seed in runs:
         found = deep_logits(decoder, tokens, decoder.rows)
         assert same_bits(found, expected), (decoder.rows, decoder.blocks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -47,7 +48,11 @@ ARITHMETIC = functools.partial(Edit, "arithmetic.cuh")
 VECTORS = functools.partial(Edit, "vectors.cuh")
 MATVEC = functools.partial(Edit, "matvec.cuh")
 PASS = functools.partial(Edit, "ffmini.cu")
-ONE_ROW, WHOLE = "one row", "whole tiles"  # builds besides BULK and COPY
+INPUT = functools.partial(Edit, "input.cuh")
+BLOCK = functools.partial(Edit, "block.cuh")
+ACTIVATIONS = functools.partial(Edit, "activations.cuh")
+# Builds besides BULK and COPY.
+ONE_ROW, WHOLE, OWN_TURNS, OWN_ROWS = "one row", "whole tiles", "turns of segments", "rows of a segment"
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(i))"
 MISSING = "packet[i].w != tag"
@@ -192,16 +197,16 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     # ... what a block receives of it,
     "packets of the first part": (
         BULK,
-        [PASS("first_run * Runs::PACKETS", "0", "+ first_run * Runs::PACKETS;")],
+        [INPUT("first_run * Runs::PACKETS", "0", "+ first_run * Runs::PACKETS;")],
     ),
-    "a part begins with a head": (BULK, [PASS("first_run * Runs::LENGTH - begin", "0")]),
-    "what is before a part kept": (BULK, [PASS("k + 2 * w >= 0", "true")]),
-    "what is behind a part kept": (BULK, [PASS("k + 2 * w < M::HELD_K", "true")]),
+    "a part begins with a head": (BULK, [INPUT("first_run * Runs::LENGTH - begin", "0")]),
+    "what is before a part kept": (BULK, [INPUT("k + 2 * w >= 0", "true")]),
+    "what is behind a part kept": (BULK, [INPUT("k + 2 * w < M::HELD_K", "true")]),
     "what is behind the input counts": (
         BULK,
-        [PASS("end", "M::HELD_K", "align_activations<M>(block, end)")],
+        [INPUT("end", "M::HELD_K", "align_activations<M, WHOLE>(block, end)")],
     ),
-    "the first packets twice": (BULK, [PASS("block.warp() % P::ROW_WARPS * 32", "0")]),
+    "the first packets twice": (BULK, [INPUT("block.warp() % P::ROW_WARPS * 32", "0")]),
     # ... and what it makes of the products.
     "a part not added": (BULK, [PASS("part < M::PARTS", "part < M::PARTS - 1", f"{EACH_PART}; ++part")]),
     "parts added from the last on": (
@@ -382,9 +387,35 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "the first segment for every warp": (
         ONE_ROW,
-        [MATVEC("block.warp() % M::HELD_SEGMENTS", "0", "input_, block.warp() % M::HELD_SEGMENTS")],
+        [MATVEC("M::turn(block.warp())", "0", "input_, M::turn(block.warp()) % M::HELD_SEGMENTS")],
     ),
-    "segments of a batch in one place": (BULK, [Edit("activations.cuh", "unit += WARPS", "unit += 0")]),
+    "segments of a batch in one place": (BULK, [ACTIVATIONS("i * STEP", "0", "high + i * STEP")]),
+    # Segments of a warp's own: which they are,
+    "the rest's first segment for all": (OWN_TURNS, [BLOCK("turn % PERIOD", "0")]),
+    "the rest not received": (OWN_TURNS, [BLOCK("M::turn(block.warp()) < OWN_TILES * REST", "false")]),
+    "other rings for the stream": (OWN_TURNS, [STREAM("warp_ - shape.first_warp", "warp_")]),
+    "the rest where its segment would be": (
+        OWN_TURNS,
+        [MATVEC("WHOLE + M::turn(block.warp())", "segment")],
+    ),
+    # ... how they come,
+    "packets of the first piece": (OWN_TURNS, [INPUT("i / PERIOD * SHIFT", "0")]),
+    "rows of the first piece": (OWN_ROWS, [INPUT("i / PERIOD * SHIFT", "0")]),
+    "packets behind the row": (
+        OWN_TURNS,
+        [INPUT("segment * PACKETS + index < Runs::ROW_PACKETS", "true")],
+    ),
+    "elements behind the row": (
+        OWN_ROWS,
+        [ACTIVATIONS("segment * SEGMENT + 8 * lane < end", "true")],
+    ),
+    "what one is worth in the first row": (OWN_ROWS, [ACTIVATIONS("(first + i) * PLACE_STEP", "0")]),
+    # ... and what becomes of them.
+    "a group's sum in another": (OWN_ROWS, [MATVEC("(64 * i + 32) / M::GROUP", "64 * i / M::GROUP")]),
+    "the first row's scale": (OWN_ROWS, [PASS("(2 * block.warp() + block.lane() / 16) % ROWS", "0")]),
+    "squares in another order": (OWN_ROWS, [ARITHMETIC("tile / LANES % (32 / LANES)", "0")]),
+    "one place for the sums of two rounds": (OWN_ROWS, [MATVEC("OWN_TURNS * parity", "0")]),
+    "one place for the sums of two units": (OWN_ROWS, [MATVEC("piece / 8 * (ACTIVATION_STRIDE / 2)", "0")]),
     # Keys and values.
     "keys as values are rotated": (
         BULK,
@@ -452,6 +483,18 @@ WHOLE_BARRIERS = {
     and "Of what the block holds." in SOURCES["matvec.cuh"][match.start() :]
 }
 
+# Those of receive_own(), and the one after which Products::run() knows whether all has come.
+OWN_BARRIERS = {
+    place
+    for place, match in BARRIERS.items()
+    if (
+        place.startswith("input.cuh")
+        and "receive_own(Block&" in SOURCES["input.cuh"][: match.start()]
+        and "receive_together(Block&" in SOURCES["input.cuh"][match.start() :]
+    )
+    or (place.startswith("matvec.cuh") and match["vote"] is not None)
+}
+
 # Before the logits are listed: another one stands there if the warps have the lm_head's input in registers.
 LOGITS_BARRIER = place_after(SOURCES, "candidates.cuh", "return args.candidates + row * RESULT_PACKETS; };\n")
 
@@ -467,6 +510,8 @@ def ring_of(place: str) -> str:
     """The build that has the code of `place`."""
     if place in WHOLE_BARRIERS or place == LOGITS_BARRIER:
         return WHOLE
+    if place in OWN_BARRIERS:
+        return OWN_ROWS
     at, text = BARRIERS[place].start(), SOURCES["stream.cuh"]
     copies = range(text.index("class CopyRing"), text.index("struct BulkState"))
     return COPY if place.startswith("stream.cuh") and at in copies else BULK
@@ -496,16 +541,19 @@ class Mutable:
     SHARED_LIMIT = 128 * 1024
     QUERIED = np.arange(0, 64, dtype=np.int32)[np.arange(64) % 3 > 0]  # marked by two warps
     FEW = np.arange(0, 64, 12)  # others that one block lists
+    HANDS_OVER = True  # tokens and candidates, in results()
+    BLOCKS, BUILT_FOR = (1, 3), 1  # of grids, and of the smallest one that the build serves
 
     def __init__(self, packed: PackedModel, cuda: Path, ring: str) -> None:
         self.tokens = case_tokens(packed, self.CASE.rows + 1)
         options = {"rows": self.CASE.rows, "shared_limit": self.SHARED_LIMIT}
         options |= {"num_slots": 2, "kv_dtype": "int8" if ring == INT8_KV_BUILD else "bf16"}
         options |= {"part_segments": self.PART_SEGMENTS, "bulk_copies": ring != COPY}
+        options["built_for"] = self.BUILT_FOR
         self.decoder = SimDecoder(packed, MAX_SEQ_LEN, cuda=cuda, **options)
         exact = SimDecoder(packed, MAX_SEQ_LEN, **options)
         self.expected = {}
-        for exact.blocks in (1, 3):  # as many candidates as blocks have room for
+        for exact.blocks in self.BLOCKS:  # as many candidates as blocks have room for
             self.expected[exact.blocks] = list(self.results(exact))
 
     def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
@@ -532,7 +580,7 @@ class Mutable:
         decoder = self.decoder
         decoder.set_word("sim_mutation", -1 if name is None else list(MISTAKES).index(name))
         decoder.reset()
-        decoder.seed, decoder.blocks = seed, 1 + 2 * (seed % 2)
+        decoder.seed, decoder.blocks = seed, self.BLOCKS[seed % 2]
 
     def is_wrong(self, name: str | None, seed: int) -> bool:
         """Whether the passes give other results or an error."""
@@ -617,6 +665,57 @@ class OneRow(Mutable):
         yield decoder.stages()[-1]["hidden_squares"]
 
 
+class OwnTurns(Mutable):
+    """One row of whose down_proj's 40 segments a warp has two in turns, and one with another warp."""
+
+    CASE = Case(
+        "llama2",
+        "int4",
+        64,
+        rows=1,
+        changes={
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "intermediate_size": 10200,
+            "vocab_size": 64,
+            "num_hidden_layers": 2,
+        },
+    )
+    HANDS_OVER = False
+
+    def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
+        """And the squares of the residual stream, as OneRow's."""
+        yield deep_logits(decoder, self.tokens[:1], 1)
+        yield decoder.stages()[-1]["hidden_squares"]
+
+
+class OwnRows(OwnTurns):
+    """Rows of which each warp has a segment, the last not whole; the lm_head's units take rounds."""
+
+    CASE = Case(
+        "llama2",
+        "int4",
+        32,
+        changes={
+            "hidden_size": 4024,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "intermediate_size": 72,
+            "vocab_size": 500,
+            "num_hidden_layers": 2,
+        },
+    )
+    SHARED_LIMIT = 227 * 1024
+    BLOCKS, BUILT_FOR = (3, 5), 3
+
+    def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
+        yield deep_logits(decoder, self.tokens[:8], 8)
+        yield decoder.stages()[-1]["hidden_squares"]
+
+
 @pytest.fixture(scope="module")
 def mutable(
     pack: Callable[[Case], PackedModel], tmp_path_factory: pytest.TempPathFactory
@@ -626,13 +725,14 @@ def mutable(
 
     @functools.cache
     def make(name: str) -> Mutable:
-        kind = {ONE_ROW: OneRow, WHOLE: WholeTiles}.get(name, Mutable)
+        kinds = {ONE_ROW: OneRow, WHOLE: WholeTiles, OWN_TURNS: OwnTurns, OWN_ROWS: OwnRows}
+        kind = kinds.get(name, Mutable)
         return kind(pack(kind.CASE), cuda, name if kind is Mutable else BULK)
 
     return make
 
 
-@pytest.mark.parametrize("ring", [BULK, COPY, INT8_KV_BUILD, ONE_ROW, WHOLE])
+@pytest.mark.parametrize("ring", [BULK, COPY, INT8_KV_BUILD, ONE_ROW, WHOLE, OWN_TURNS, OWN_ROWS])
 def test_no_mutation_is_right(mutable: Callable[[str], Mutable], ring: str) -> None:
     """In a child too, where mistakes are tried."""
     build = mutable(ring)
@@ -653,14 +753,17 @@ def test_a_barrier_less_is_found(mutable: Callable[[str], Mutable], place: str) 
 
 
 def leaves_always(build: Mutable, name: str | None) -> bool:
-    left = all(build.leaves(name, lost, blocks=1) for lost in lost_packets(build.decoder).values())
+    blocks = build.BLOCKS[0]
+    left = all(build.leaves(name, lost, blocks) for lost in lost_packets(build.decoder).values())
+    if not build.HANDS_OVER:
+        return left
     left = left and all(
         build.leaves(name, lost, blocks=3) for lost in lost_hand_overs(build.decoder).values()
     )
     return left and build.leaves_without_token(name)
 
 
-@pytest.mark.parametrize("ring", [BULK, COPY])
+@pytest.mark.parametrize("ring", [BULK, COPY, OWN_ROWS])
 def test_no_mutation_leaves(mutable: Callable[[str], Mutable], ring: str) -> None:
     assert leaves_always(mutable(ring), None)
 
@@ -668,7 +771,7 @@ def test_no_mutation_leaves(mutable: Callable[[str], Mutable], ring: str) -> Non
 @pytest.mark.parametrize("name", [*LEAVING, *(f"vote {place}" for place in VOTES)])
 def test_a_bad_leave_is_found(mutable: Callable[[str], Mutable], name: str) -> None:
     """Where a part of the block does not hear that a wait gave up, the block does not leave as one."""
-    build = mutable(LEAVING[name][0] if name in LEAVING else BULK)
+    build = mutable(LEAVING[name][0] if name in LEAVING else ring_of(name.removeprefix("vote ")))
     assert search(lambda: not leaves_always(build, name)) != NOT_FOUND
 
 
@@ -696,6 +799,9 @@ COVERED = {  # together these run every line
     ),
     "windows, int8 keys and values": (COPY, Case("qwen2", "int4", rows=1, changes={"head_dim": 32})),
     "sums carried over rounds, all parts in a block, given up": (BULK, OneRow.CASE),
+    "segments of a warp's own, given up": (BULK, OwnTurns.CASE),
+    "the same in bf16": (COPY, dataclasses.replace(OwnTurns.CASE, dtype="bf16")),
+    "rows of a warp's own segment, given up": (BULK, dataclasses.replace(OwnRows.CASE, rows=2)),
 }
 COVERED_PARTS = {
     "biases, parts, batches of packets, given up": 1,

@@ -22,6 +22,20 @@ IN_PARTS = Case(
     "llama2",
     changes={"vocab_size": 64, "head_dim": 80, "num_attention_heads": 8, "intermediate_size": 300},
 )
+# Of down_proj's 40 segments a warp has two to itself and one with another warp; one of o_proj's three.
+OWN = Case(
+    "llama2",
+    "int4",
+    64,
+    changes={
+        "hidden_size": 32,
+        "head_dim": 128,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "intermediate_size": 10200,
+        "vocab_size": 64,
+    },
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +73,22 @@ def test_parts_under_schedules(pack: Callable[[Case], PackedModel], bulk_copies:
         assert same_bits(decoder.forward(tokens, DEEP, "all"), expected), f"seed {seed}"
 
 
+@pytest.mark.parametrize("bulk_copies", [True, False])
+@pytest.mark.parametrize("built_for", [1, 2])
+def test_own_segments_under_schedules(
+    pack: Callable[[Case], PackedModel], bulk_copies: bool, built_for: int
+) -> None:
+    """Warps that receive what they multiply, of down_proj if a block has two tiles, of o_proj if one."""
+    packed = pack(OWN)
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1, built_for=built_for, bulk_copies=bulk_copies)
+    tokens = case_tokens(packed, 1)
+    decoder.blocks = built_for
+    expected = deep_logits(decoder, tokens, 1)
+    for seed in SEEDS[::4]:
+        decoder.seed, decoder.blocks = seed, built_for + seed // 4 % 3
+        assert same_bits(decoder.forward(tokens, DEEP, "all"), expected), f"seed {seed}"
+
+
 def test_packets_held_back(pack: Callable[[Case], PackedModel]) -> None:
     """The test build with pauses computes the same, under as many seeds."""
     packed = pack(ONE_LAYER)
@@ -83,6 +113,7 @@ LOST = {  # where a packet gets lost: in which layers the pass may end
     "partial vector": (0,),
     "o product": (0,),
     "down product": (0, 1),  # blocks that do not miss it wait for the next layer
+    "layer 1 activation, awaited by one warp": (1,),
 }
 
 
@@ -92,11 +123,13 @@ def test_a_lost_packet(pack: Callable[[Case], PackedModel], stage: str) -> None:
     packed, options = pack(Case("llama2", changes={"vocab_size": 64})), {"rows": 1}
     if stage.endswith("product"):
         packed, options = pack(IN_PARTS), {"rows": 2, "part_segments": 1}
+    if stage.endswith("one warp"):
+        packed = pack(OWN)
     decoders = [SimDecoder(packed, MAX_SEQ_LEN, bulk_copies=bulk, **options) for bulk in (True, False)]
     tokens = case_tokens(packed, 1)
     expected, other = (deep_logits(decoder, tokens, 1) for decoder in decoders)
     assert same_bits(expected, other)
-    place = lost_packets(decoders[0])[stage]
+    place = lost_packets(decoders[0])[stage.partition(",")[0]]
     for seed in SEEDS[:100]:  # all combinations of policies
         decoder = decoders[seed // 2 % 2]
         decoder.seed, decoder.blocks, decoder.lost_packet = seed, 2 + seed % 2, place

@@ -322,13 +322,14 @@ class SimDecoder(SimKernel):
         test_pauses: bool = False,
         stage_times: bool = False,
         part_segments: int | None = None,
+        built_for: int = 1,
         cuda: Path | None = None,
         coverage: bool = False,
     ) -> None:
         """`part_segments`: of a part of o_proj's and down_proj's input, at most, instead of PART_SEGMENTS.
 
-        It decides the order of sums: builds that differ in it have different bits. The rest as kernel_defines
-        says.
+        It decides the order of sums: builds that differ in it have different bits. The build serves grids of
+        `built_for` blocks and more: those of one have room for every tile. The rest as kernel_defines says.
         """
         self.config, self.max_seq_len, self.device = packed.config, max_seq_len, "sim"
         self.rows, self.num_slots, self.kv_dtype = rows, num_slots, kv_dtype
@@ -341,7 +342,7 @@ class SimDecoder(SimKernel):
             rows=rows,
             max_seq_len=max_seq_len,
             shared_limit=shared_limit,
-            blocks=1,  # room for every tile in one block is room for any grid
+            blocks=built_for,
             bulk_copies=bulk_copies,
             kv_dtype=kv_dtype,
             in_flight=in_flight,

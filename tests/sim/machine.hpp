@@ -301,7 +301,7 @@ class Machine {
     std::string error_;
     uint64_t now_ns_ = 0;
     int lanes_left_ = 0;
-    int idle_rounds_ = 0;                       // since a lane last did anything but poll
+    int idle_rounds_ = 0;  // since a lane last did anything but poll, alone or as one of a warp
     std::vector<std::unique_ptr<Block>> grid_;  // the largest so far; a run uses the first blocks of it
     std::deque<Lane*> ready_[2];                // the second one: starved lanes
     std::unordered_map<uintptr_t, PendingStores> pending_;
@@ -331,7 +331,6 @@ void Machine::meet(uint32_t mask, const Site& site, Combine combine) {
         fail(site, "lanes %08x of the same warp are in %s of line %d", meetings[i].arrived,
              meetings[i].site.op, meetings[i].site.line);
     }
-    idle_rounds_ = 0;
     meetings[i].arrived |= bit;
     if (meetings[i].arrived != mask) {
         lane.site = site;
