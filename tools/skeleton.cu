@@ -24,14 +24,15 @@ __device__ __forceinline__ float touch_slot(Block& block) {
     return word;
 }
 
-// Takes the warp's share of the block's tiles of M, in the order of multiply(). Returns something made of all
+// Takes the warp's share of the block's tiles of M, in the order of the stream. Returns something made of all
 // of it.
 template <class M>
 __device__ __forceinline__ float consume(Block& block, Stage stage) {
-    const int units = block.own_tiles(stage) * M::SEGMENTS;
+    const int tiles = block.own_tiles(stage), turn = M::turn(block.warp());
     float touched = 0.0f;
-    for (int unit = block.warp(); unit < units; unit += WARPS) {
-        const int first = unit % M::SEGMENTS * M::SLOTS_PER_SEGMENT;
+    UnitPlace unit = {0, turn - WARPS};
+    for (unit.advance(turn, M::SEGMENTS); unit.tile < tiles; unit.advance(turn, M::SEGMENTS)) {
+        const int first = unit.segment * M::SLOTS_PER_SEGMENT;
         const int last = min_of(first + M::SLOTS_PER_SEGMENT, M::SLOTS);
 #pragma unroll 1
         for (int slot = first; slot < last; ++slot) touched += touch_slot(block);
