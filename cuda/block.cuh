@@ -37,6 +37,8 @@ struct OwnSegments {
 
 template <class M>
 constexpr bool OWN_INPUT = OwnSegments<M>::EXIST;
+constexpr bool ANY_OWN_INPUT = OWN_INPUT<QkvProj> || OWN_INPUT<OProj> || OWN_INPUT<GateUpProj> ||
+                               OWN_INPUT<DownProj> || OWN_INPUT<LmHead>;
 
 template <class M>
 constexpr int HELD_ELEMENTS = OWN_INPUT<M> ? OwnSegments<M>::MOST * WARPS * SEGMENT : M::HELD_K;

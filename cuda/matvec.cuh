@@ -230,11 +230,7 @@ class Products {
             while (unit < last) {
                 const int segment =
                     SAME_SEGMENT<M> ? M::turn(block.warp()) % M::HELD_SEGMENTS : unit % segments();
-                if (!SAME_SEGMENT<M>) {
-                    constexpr int WHOLE = OwnSegments<M>::WHOLE * WARPS;
-                    const bool rest = OWN_INPUT<M> && segment >= WHOLE;
-                    input.load(block, input_, rest ? WHOLE + M::turn(block.warp()) : segment);
-                }
+                if (!SAME_SEGMENT<M>) input.load(block, input_, held_at(block, segment));
                 float* of_unit = sums_of(block, parity, unit - first) + place_;
                 multiply(block, input, segment, [&](int place, float sum) { of_unit[place] = sum; });
                 unit = next_unit(block, unit);
@@ -248,13 +244,20 @@ class Products {
             add_segments(block, first, last, parity, start, epilogue);
             parity ^= 1;
         }
-        if constexpr (SAME_SEGMENT<M> || OWN_INPUT<M>) sync_threads<THREADS>();  // all have added up
+        // All have added up: the next product's input may come without another barrier.
+        if constexpr (SAME_SEGMENT<M> || (ANY_OWN_INPUT && !M::SPLIT)) sync_threads<THREADS>();
         return true;
     }
 
   private:
     // Floats from a unit's sums to those of the tile's next segment.
     static constexpr int SUMS_STEP = OWN_SUMS<M> ? SEGMENT / 2 : UNIT_SUMS;
+
+    // Where a segment that the warp multiplies lies among the activations, counted in segments.
+    static __device__ int held_at(const Block& block, int segment) {
+        constexpr int WHOLE = OwnSegments<M>::WHOLE * WARPS;
+        return OWN_INPUT<M> && segment >= WHOLE ? WHOLE + M::turn(block.warp()) : segment;
+    }
 
     // The warp's next unit, see UnitPlace.
     static __device__ int next_unit(const Block& block, int unit) {

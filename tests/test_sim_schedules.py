@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -73,13 +74,15 @@ def test_parts_under_schedules(pack: Callable[[Case], PackedModel], bulk_copies:
         assert same_bits(decoder.forward(tokens, DEEP, "all"), expected), f"seed {seed}"
 
 
-@pytest.mark.parametrize("bulk_copies", [True, False])
-@pytest.mark.parametrize("built_for", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "built_for", "bulk_copies"),
+    [("int4", 1, True), ("int4", 2, False), ("bf16", 1, False), ("bf16", 2, True)],
+)
 def test_own_segments_under_schedules(
-    pack: Callable[[Case], PackedModel], bulk_copies: bool, built_for: int
+    pack: Callable[[Case], PackedModel], dtype: str, built_for: int, bulk_copies: bool
 ) -> None:
     """Warps that receive what they multiply, of down_proj if a block has two tiles, of o_proj if one."""
-    packed = pack(OWN)
+    packed = pack(dataclasses.replace(OWN, dtype=dtype))
     decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1, built_for=built_for, bulk_copies=bulk_copies)
     tokens = case_tokens(packed, 1)
     decoder.blocks = built_for
