@@ -53,12 +53,12 @@ class Aligner {
     uint32_t largest_[COUNT];
 };
 
-// How warps share out the segments of the rows: some of the warps to each row, which take them in turns.
-constexpr int ROW_WARPS = WARPS / ROWS;
+// How warps share out the rows of an input: so many to each.
+constexpr int ROW_WARPS = ROWS > 4 ? 2 : (ROWS > 2 ? 4 : (ROWS > 1 ? 8 : 16));
 
 // Adds the lanes' sums by groups of int4's scales.
 template <class M, int COUNT>
-__device__ __forceinline__ void add_groups(const Block& block, uint32_t (&sum)[COUNT]) {
+__device__ __forceinline__ void add_lanes(const Block& block, uint32_t (&sum)[COUNT]) {
 #pragma unroll
     for (int offset = 1; offset < M::GROUP / 8; offset *= 2) {
 #pragma unroll
@@ -92,7 +92,7 @@ __device__ __forceinline__ void align_activations(const Block& block, int end) {
             sum[i] = sum_of_eight;
         });
         if constexpr (M::BITS == 4) {
-            add_groups<M>(block, sum);
+            add_lanes<M>(block, sum);
             float* sums =
                 block.scales()->group_sum + row * GROUP_STRIDE + first * (SEGMENT / M::GROUP) + lane / LANES;
 #pragma unroll

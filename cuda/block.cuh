@@ -17,10 +17,10 @@ struct OwnSegments {
         REST > 0 && WARPS % REST == 0 ? REST : WARPS;  // of the rest, over the warps
     static constexpr bool SAME_IN_TILES = REST == 0 || PERIOD == REST || OWN_TILES == 1;
     static constexpr int RECEIVED = WHOLE * WARPS + min_of(OWN_TILES * REST, WARPS);
-    // Of those that add to the residual OWN_TILES are a block's; their input may come head by head.
+    // Of those that add to the residual OWN_TILES are a block's, at most.
     static constexpr bool FEW = M::ADDS && SAME_IN_TILES && RECEIVED * 4 <= M::HELD_SEGMENTS * 5;
     static constexpr bool ONE = M::HELD_SEGMENTS == WARPS;
-    static constexpr bool EXIST = !M::SPLIT && (!M::ADDS || SEGMENT % HEAD_DIM == 0) &&
+    static constexpr bool EXIST = !M::SPLIT && SEGMENT % M::RUN == 0 &&
                                   (ROWS == 1 ? ONE || FEW : ONE && INTEGERS && MAX_ROWS % ROWS == 0);
     static constexpr int MOST = EXIST ? WHOLE + (REST > 0) : 0;
 
@@ -165,8 +165,8 @@ constexpr bool LONG_ROUNDS =
      WANTS_LONG_ROUNDS<DownProj> || WANTS_LONG_ROUNDS<LmHead>);
 constexpr int ROUND_UNITS = WARPS * max_of(LONG_ROUNDS ? 2 : 1, 4 / ROWS);
 
-// Tiles after which all warps have had equally many units of a rest of segments, see UnitPlace: a round where
-// that is not too long.
+// Tiles after which all warps have had equally many units of a rest of segments, see UnitPlace, or all tiles:
+// a round where that is not too long.
 template <class M>
 constexpr int FAIR_TILES = min_of(OWN_TILES, WARPS / OwnSegments<M>::PERIOD);
 template <class M>

@@ -64,12 +64,14 @@ constexpr int common_divisor(int a, int b) {  // the greatest
     return b == 0 ? a : common_divisor(b, a % b);
 }
 
-// Geometry of one packed matrix; ffmini/layout.py says where each element lies. If it ADDS to the residual
+// Geometry of one packed matrix; ffmini/layout.py says where each element lies. Its input comes in runs
+// of RUN elements, see RunsOf in exchange.cuh. If it ADDS to the residual
 // stream its input has parts of up to PART_SEGMENTS segments, whose sums are added one after the other. Where
 // parts are split, a block has one of them at a time; otherwise it has all of the input.
-template <int N, int K, int BITS_, int GROUP_, bool ADDS_ = false>
+template <int N, int K, int BITS_, int GROUP_, int RUN_ = TILE_ROWS, bool ADDS_ = false>
 struct Matrix {
     static constexpr bool ADDS = ADDS_;
+    static constexpr int RUN = RUN_;
     static constexpr int BITS = BITS_;
     static constexpr int GROUP = GROUP_;
     static constexpr int TILES = ceil_div(N, TILE_ROWS);
@@ -110,9 +112,9 @@ constexpr int KV_SIZE = NUM_KV_HEADS * HEAD_DIM;
 constexpr int INTERMEDIATE_TILES = ceil_div(INTERMEDIATE_SIZE, 8);  // of 8 gate rows and 8 up rows
 
 using QkvProj = Matrix<ATTENTION_SIZE + 2 * KV_SIZE, HIDDEN_SIZE, WEIGHT_BITS, GROUP_SIZE>;
-using OProj = Matrix<HIDDEN_SIZE, ATTENTION_SIZE, WEIGHT_BITS, GROUP_SIZE, true>;
+using OProj = Matrix<HIDDEN_SIZE, ATTENTION_SIZE, WEIGHT_BITS, GROUP_SIZE, HEAD_DIM, true>;
 using GateUpProj = Matrix<INTERMEDIATE_TILES * TILE_ROWS, HIDDEN_SIZE, WEIGHT_BITS, GROUP_SIZE>;
-using DownProj = Matrix<HIDDEN_SIZE, INTERMEDIATE_SIZE, WEIGHT_BITS, GROUP_SIZE, true>;
+using DownProj = Matrix<HIDDEN_SIZE, INTERMEDIATE_SIZE, WEIGHT_BITS, GROUP_SIZE, 8, true>;
 using LmHead = Matrix<VOCAB_SIZE, HIDDEN_SIZE, LM_HEAD_BITS, LM_HEAD_GROUP_SIZE>;
 
 static_assert(QkvProj::BYTES + OProj::BYTES + GateUpProj::BYTES + DownProj::BYTES == LAYER_BYTES,

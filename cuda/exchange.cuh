@@ -123,7 +123,7 @@ __device__ __forceinline__ void publish(uint4* packet, uint32_t x, uint32_t y, u
 
 // ---- receiving ----
 
-constexpr int RECEIVE_BATCH = 8;  // packets that a thread asks for at once, at most
+constexpr int RECEIVE_BATCH = 8;  // packets that a thread asks for at once, if they can be shared out so
 
 // Asks for COUNT packets together: packets that wait for each other's turn would cost a round trip each.
 // at(i) is where one lies. Whether all of them are there.

@@ -9,11 +9,10 @@
 // Nothing, where packets bring elements only.
 __device__ __forceinline__ void no_rest(int, int, const uint4&) {}
 
-// How the packets of M's input are shared out: some of the warps to each row, whose packets they read in
-// turns. A lane comes to the same place in a run again after PERIOD packets, SHIFT runs further on.
+// How the packets of M's input are shared out: ROW_WARPS to each row, whose packets they read in turns. A
+// lane comes to the same place in a run again after PERIOD packets, SHIFT runs further on.
 template <class M, class Runs>
 struct InputPackets {
-    static constexpr int ROW_WARPS = ROWS > 4 ? 2 : (ROWS > 2 ? 4 : (ROWS > 1 ? 8 : 16));
     static constexpr int STEP = 32 * ROW_WARPS;
     static constexpr int PERIOD = Runs::PACKETS / common_divisor(Runs::PACKETS, STEP);
     static constexpr int SHIFT = PERIOD * STEP / Runs::PACKETS;
@@ -49,9 +48,9 @@ __device__ __forceinline__ bool receive_bf16(Block& block, const uint4* packets,
     const int begin = M::SPLIT ? part * M::HELD_K : 0, first_run = begin / Runs::LENGTH;
     const int end = min_of(begin + M::HELD_K, Runs::COUNT * Runs::LENGTH);
     const int count = P::EVEN ? P::MOST : (ceil_div(end, Runs::LENGTH) - first_run) * Runs::PACKETS;
-    const int row = block.warp() / P::ROW_WARPS;
+    const int row = block.warp() / ROW_WARPS;
     if (row >= num_rows(block.args)) return true;
-    const int first = block.warp() % P::ROW_WARPS * 32;
+    const int first = block.warp() % ROW_WARPS * 32;
     packets += row * Runs::ROW_PACKETS + first_run * Runs::PACKETS;
     // One row's input comes late and at once: a grid that asks for all of it again and again would keep the
     // L2 too busy to deliver it. Of many rows the first have long come when the last do.
@@ -203,7 +202,8 @@ __device__ __forceinline__ bool receive_together(Block& block, const uint4* pack
 
 // Receives M's input and leaves it among the activations, as M's product wants it. Whether it came: all of
 // it, or, if warps have their OWN_INPUT, what this lane asked for; Products::run() makes one answer of that.
-// complete() is called when the input is there, what it leaves is seen when run() first adds up a round.
+// complete() is called when this lane's is there, or a wait gave up; what it leaves is seen when run() first
+// adds up a round.
 template <class M, class Runs, class Rest, class Complete>
 __device__ __forceinline__ bool receive_input(Block& block, const uint4* packets, uint32_t tag, int where,
                                               int part, Rest rest, Complete complete) {

@@ -188,8 +188,8 @@ class Unit<M, true> {
 // ---- all units of a stage ----
 
 // The block's share of M, the matrix of `stage`, times its activations. When it is made it waits for the
-// first weights. Then, for each part() of the input: the activations in place and a barrier, run(), and
-// next_part(). All threads do so. A warp takes units in the stream's order, see Cursor.
+// first weights. Then, for each part() of the input: receive_input(), run(), and next_part(). All threads do
+// so. A warp takes units in the stream's order, see Cursor.
 template <class M>
 class Products {
   public:
@@ -211,6 +211,7 @@ class Products {
         return true;
     }
 
+    // `arrived` is what receive_input() said; false, in all threads, if anything of the input did not come.
     // The activations may be gone when it returns, and nobody uses their memory. Rounds take turns with two
     // buffers: whoever adds up a round is done with it before anyone begins the next but one. start,
     // epilogue: see add_segments().
@@ -278,6 +279,9 @@ class Products {
         float* buffers = SAME_SEGMENT<M> ? reinterpret_cast<float*>(block.memory) : block.shared()->part;
         return buffers + (parity * ROUND<M> + in_round) * UNIT_SUMS;
     }
+
+    static_assert(EVEN_ROUNDS<M> || !OWN_SUMS<M>, "what is carried on is read as if sums lay side by side");
+    static_assert(M::HELD_SEGMENTS <= WARPS || !M::SPLIT, "the last part's units have an order of their own");
 
     static constexpr int HELD_PARTS = M::SPLIT ? 1 : M::PARTS;  // of a tile that the block adds up
 

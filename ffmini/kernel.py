@@ -225,7 +225,7 @@ def _shared_bytes(
     tail = rows * (sums + 4 * tiles + 4 * head_dim) + 64 * (2 * rows + 1) * own_tiles + items + 9216
     splits = ceil_div(max_seq_len, KV_BLOCK)
     merge = 8 * splits + 4 * head_dim * (ceil_div(splits, 16) + 2) + 4
-    candidates = 8 * MAX_BLOCKS * LISTED + 4096 + 1280 * rows
+    candidates = 8 * MAX_BLOCKS * LISTED + 8192 + 1280 * rows
     return max(activations, attention, merge, candidates) + tail + marks
 
 

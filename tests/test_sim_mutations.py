@@ -206,7 +206,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         BULK,
         [INPUT("end", "M::HELD_K", "align_activations<M, WHOLE>(block, end)")],
     ),
-    "the first packets twice": (BULK, [INPUT("block.warp() % P::ROW_WARPS * 32", "0")]),
+    "the first packets twice": (BULK, [INPUT("block.warp() % ROW_WARPS * 32", "0")]),
     # ... and what it makes of the products.
     "a part not added": (BULK, [PASS("part < M::PARTS", "part < M::PARTS - 1", f"{EACH_PART}; ++part")]),
     "parts added from the last on": (
