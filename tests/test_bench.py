@@ -464,7 +464,7 @@ def test_random_shape_by_the_command(capsys):
 @pytest.fixture
 def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU with room for four rows of TINY; it does nothing."""
-    properties = {"sharedMemPerBlockOptin": 75_000, "multiProcessorCount": 4}
+    properties = {"sharedMemPerBlockOptin": 79_000, "multiProcessorCount": 4}
     runtime = SimpleNamespace(getDeviceProperties=lambda _: properties)
     cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
     monkeypatch.setattr(gpu, "import_cupy", lambda: cupy)
