@@ -13,8 +13,8 @@ __device__ __forceinline__ int plane_offset(int plane, int block64, int t) {
 }
 
 // What a warp does to turn pieces, each a segment of a row, from bf16 into integers, COUNT of them at once:
-// each is a chain of steps that wait for each other. They lie STEP bytes apart, the first at `bytes`; `held`
-// says of how many, and of an element whether the lane's eight, is there. What is not counts as zeros.
+// each is a chain of steps that wait for each other. They lie STEP bytes apart, the first at `bytes`. held(i)
+// says whether the lane's eight elements of piece i are there; those that are not count as zeros.
 template <int COUNT, int STEP>
 class Aligner {
   public:
@@ -30,8 +30,8 @@ class Aligner {
         __syncwarp();  // all have read before any writes
     }
 
-    // Leaves the integers where the bf16 were and hands to take(i, worth, sum) what one is worth and the sum
-    // of the lane's.
+    // Leaves the integers of the pieces that exist where the bf16 were, and hands to take(i, worth, sum), for
+    // all pieces, what one is worth and the sum of the lane's.
     template <class Exists, class Take>
     __device__ void write(const Block& block, uint8_t* bytes, Exists exists, Take take) {
         const int lane = block.lane(), in_block = lane % 8 / 4 * 8;

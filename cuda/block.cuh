@@ -149,11 +149,13 @@ template <class M>
 constexpr bool SAME_SEGMENT =
     INTEGERS && !M::SPLIT && WARPS % M::HELD_SEGMENTS == 0 && (M::HELD_SEGMENTS == WARPS || !OWN_INPUT<M>);
 
-// Those of a warp that of its own segment, which fills them: OWN_TURNS of its units in each round.
+// If the segment is a warp's own, the warp's sums lie where its activations were and fill that place: those
+// of OWN_TURNS units in each round.
 template <class M>
 constexpr bool OWN_SUMS = SAME_SEGMENT<M> && OWN_INPUT<M>;
 constexpr int OWN_TURNS = 4;
-static_assert(2 * OWN_TURNS * UNIT_SUMS * sizeof(float) == ROWS * SEGMENT * sizeof(uint16_t), "they fit");
+static_assert(2 * OWN_TURNS * UNIT_SUMS * sizeof(float) == ROWS * SEGMENT * sizeof(uint16_t),
+              "the sums of two rounds do not fill the place of the activations");
 
 // Rounds of the others, whose sums lie in SharedTail::part: longer ones pay unless all of them are of parts,
 // which are short.
@@ -171,7 +173,7 @@ template <class M>
 constexpr int FAIR_TILES = min_of(OWN_TILES, WARPS / OwnSegments<M>::PERIOD);
 template <class M>
 constexpr bool FAIR_ROUNDS = OWN_INPUT<M> && OwnSegments<M>::WHOLE > 0 && OwnSegments<M>::REST > 0 &&
-                             FAIR_TILES<M>* M::HELD_SEGMENTS <= 8 * WARPS;
+                             M::HELD_SEGMENTS* FAIR_TILES<M> <= 8 * WARPS;
 
 // Of whole tiles, unless that makes the round much shorter. (Rounds of more than 64 are slower: packets go
 // late.)

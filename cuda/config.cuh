@@ -64,10 +64,10 @@ constexpr int common_divisor(int a, int b) {  // the greatest
     return b == 0 ? a : common_divisor(b, a % b);
 }
 
-// Geometry of one packed matrix; ffmini/layout.py says where each element lies. Its input comes in runs
-// of RUN elements, see RunsOf in exchange.cuh. If it ADDS to the residual
-// stream its input has parts of up to PART_SEGMENTS segments, whose sums are added one after the other. Where
-// parts are split, a block has one of them at a time; otherwise it has all of the input.
+// Geometry of one packed matrix; ffmini/layout.py says where each element lies. Its input comes in runs of
+// RUN elements, see RunsOf in exchange.cuh. If it ADDS to the residual stream its input has parts of up to
+// PART_SEGMENTS segments, whose sums are added one after the other. Where parts are split, a block has one of
+// them at a time; otherwise it has all of the input.
 template <int N, int K, int BITS_, int GROUP_, int RUN_ = TILE_ROWS, bool ADDS_ = false>
 struct Matrix {
     static constexpr bool ADDS = ADDS_;

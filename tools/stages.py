@@ -3,7 +3,8 @@
     PYTHONPATH=. python3 tools/stages.py llama-3.1-8b int4 --layers 8
     PYTHONPATH=. python3 tools/stages.py llama-3.1-8b int4 --layers 2 --chunk 512 --position 0
 
-A build of its own notes the GPU's global timer when thread 0 of each block passes a place. Needs a GPU.
+A build of its own notes the GPU's global timer when thread 0 of each block passes a place. Where warps
+receive their input by themselves, other warps than its own may still wait for theirs then. Needs a GPU.
 """
 
 from __future__ import annotations
