@@ -79,7 +79,7 @@ class RowScale {
 };
 
 // What a product is added to where nothing comes before it: see Products.
-__device__ __forceinline__ float no_sum(int, int) {
+__device__ __forceinline__ float no_sum(int, int, bool) {
     return 0.0f;
 }
 
@@ -126,8 +126,9 @@ struct ResidualUpdate {
     uint4* packets;     // of the norm that comes next
     uint32_t tag;
 
-    // What the parts of a matrix's product are added to.
-    __device__ float before(const Block& block, int own_tile, int row) const {
+    // What the parts of a matrix's product are added to. (Who is not valid must not read what others write.)
+    __device__ float before(const Block& block, int own_tile, int row, bool valid) const {
+        if (!valid) return 0.0f;
         const int k = (blockIdx.x + own_tile * gridDim.x) * TILE_ROWS + block.thread % TILE_ROWS;
         const float x = *place(block, own_tile, row);
         return bias != nullptr && k < HIDDEN_SIZE ? x + bias[k] : x;
@@ -168,7 +169,7 @@ __device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& up
             return of_tile + part * M::TILES * FLOAT_PACKETS + in_tile;
         };
         if (__any_sync(0xffffffff, !await_packets(patience, tag, at, packet))) arrived = false;
-        float x = update.before(block, own_tile, row);
+        float x = update.before(block, own_tile, row, valid);
         const int holder = output < 8 ? output / 3 : 3 + (output - 8) / 3;
         const int word = output < 8 ? output % 3 : (output - 8) % 3;
 #pragma unroll
@@ -194,7 +195,8 @@ __device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>
     if constexpr (!M::SPLIT) {
         const bool arrived = receive(0);
         return products.run(
-            block, arrived, [&](int own_tile, int row) { return update.before(block, own_tile, row); },
+            block, arrived,
+            [&](int own_tile, int row, bool valid) { return update.before(block, own_tile, row, valid); },
             [&](int own_tile, int, int row, float x, bool valid) {
                 update.finish(block, own_tile, row, x, valid);
             });

@@ -327,7 +327,7 @@ class Products {
                 const bool valid = first + block.lane() / 16 < num_rows(block.args);
                 const int row = valid ? first + block.lane() / 16 : first;
                 const float sum = sums[row * TILE_ROWS + block.lane() % TILE_ROWS];
-                epilogue(tile, tile_of(tile), row, start(tile, row) + sum, valid);
+                epilogue(tile, tile_of(tile), row, start(tile, row, valid) + sum, valid);
             }
             block.thread = thread;
         }
@@ -370,9 +370,9 @@ class Products {
     }
 
     // Adds the segments of units [first, last) in ascending order, those of a part from zero, and the parts,
-    // in ascending order too, to start(own tile, row). A tile that is complete goes to epilogue(own tile,
-    // tile, row, value, valid) in half warps, lane % 16 being the output, as for_rows_of_tiles() says. Of the
-    // one tile that goes on in the next round both sums are carried.
+    // in ascending order too, to start(own tile, row, valid). A tile that is complete goes to epilogue(own
+    // tile, tile, row, value, valid) in half warps, lane % 16 being the output, as for_rows_of_tiles() says.
+    // Of the one tile that goes on in the next round both sums are carried.
     template <class Start, class Epilogue>
     __device__ void add_segments(Block& block, int first, int last, int parity, Start start,
                                  Epilogue epilogue) const {
@@ -384,7 +384,7 @@ class Products {
             const int tile = first_tile + in_round;
             const int tile_begin = tile * segments(), tile_end = tile_begin + segments();
             if constexpr (EVEN_ROUNDS<M>) {
-                float x = start(tile, row);
+                float x = start(tile, row, valid);
                 const float* sums = sums_of(block, parity, tile_begin - first) + row * TILE_ROWS + output;
 #pragma unroll
                 for (int part = 0; part < HELD_PARTS; ++part) {
@@ -401,7 +401,7 @@ class Products {
             constexpr int ROUND_CARRY = 2 * UNIT_SUMS;
             float* carry = block.shared()->carry + row * TILE_ROWS + output;
             const int begin = max_of(first, tile_begin), end = min_of(last, tile_end);
-            float before = start(tile, row);  // the parts that are complete
+            float before = start(tile, row, valid);  // the parts that are complete
             if (begin > tile_begin) {
                 sum = carry[parity * ROUND_CARRY];
                 before = carry[parity * ROUND_CARRY + UNIT_SUMS];
