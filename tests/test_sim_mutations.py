@@ -237,7 +237,10 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "parts added together": (ONE_ROW, [MATVEC("before += sum, sum = 0.0f", "0.0f")]),
     "a sum begins anew in each round": (ONE_ROW, [MATVEC("begin > tile_begin", "false")]),
     "the sum before last goes on": (ONE_ROW, [MATVEC("parity", "(parity ^ 1)", "sum = carry[parity *")]),
-    "complete parts left behind": (ONE_ROW, [MATVEC("before", "start(tile, row)", "UNIT_SUMS] = before")]),
+    "complete parts left behind": (
+        ONE_ROW,
+        [MATVEC("before", "start(tile, row, valid)", "UNIT_SUMS] = before")],
+    ),
     "a part ends with the round": (
         ONE_ROW,
         [MATVEC("in_tile == part * M::IN_PART", "(in_tile == part * M::IN_PART || unit == begin)")],
