@@ -401,7 +401,7 @@ __device__ __forceinline__ bool merge_splits(Block& block, int row_head, int fir
     }
     sync_threads<THREADS>();
     for (int i = block.thread; i < HEAD_PACKETS; i += THREADS) {
-        publish_head(s.out, 1.0f / s.total, i, target + row_head * HEAD_PACKETS, tag);
+        publish_head(s.out, divide_approx(1.0f, s.total), i, target + row_head * HEAD_PACKETS, tag);
     }
     sync_threads<THREADS>();
     return true;

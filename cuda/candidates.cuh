@@ -333,7 +333,7 @@ __device__ __forceinline__ RowSummary summarise(const Block& block, int num_quer
     const float listed = warp_sum(holds ? s.listed[warp] : 0.0f);
     row.complete = listed == static_cast<float>(VOCAB_SIZE - num_queried);
     if (row.complete) row.bound = NO_ENTRY;
-    row.buckets = BUCKETS / (logit_of(row.first) - logit_of(row.bound));
+    row.buckets = divide_approx(BUCKETS, logit_of(row.first) - logit_of(row.bound));
     return row;
 }
 

@@ -428,10 +428,7 @@ class AttentionUnit {
 
     // One over a query's sum of probabilities, in all lanes.
     __device__ float inverse_sum(int query) const {
-        const float sum = warp_sum(merged_.sum[query][lane()]);
-        const int position = sequence_.start + row_of_query(query);
-        const bool whole = sequence_.first_seen(position) / KV_BLOCK == position / KV_BLOCK;
-        return whole ? divide_approx(1.0f, sum) : 1.0f / sum;
+        return divide_approx(1.0f, warp_sum(merged_.sum[query][lane()]));
     }
 
     template <class Store>

@@ -6,13 +6,58 @@
 #include "activations.cuh"
 #include "codes.cuh"
 
+// ---- one slot ----
+// The lane's part of a slot in registers: 16 bytes of each line and, of each group, the scales of outputs
+// lane / 4 and 8 more. load<K>() reads a slot that is K wide; `slot` is the lane's 16 bytes of its first
+// line. seen() is a number that needs every read.
+
+template <class M, bool INTEGER = M::BITS != 16>
+struct SlotPart;
+
+template <class M>
+struct SlotPart<M, false> {
+    uint4 line[LINES_PER_SLOT] = {};
+
+    template <int K>
+    __device__ void load(const Block&, const uint8_t* slot) {
+#pragma unroll
+        for (int i = 0; i < K / 16; ++i) line[i] = load_line(slot, i);
+    }
+    __device__ float seen() const { return __uint_as_float(line[0].x ^ line[1].x ^ line[2].x ^ line[3].x); }
+};
+
+template <class M>
+struct SlotPart<M, true> {
+    static constexpr int GROUPS = ceil_div(M::SLOT_K, M::GROUP);
+    uint4 line[LINES_PER_SLOT] = {};
+    typename Codes<M>::Scale scale[GROUPS][2] = {};
+
+    template <int K>
+    __device__ void load(const Block& block, const uint8_t* slot) {
+#pragma unroll
+        for (int i = 0; i < K / 64 * Codes<M>::LINES; ++i) line[i] = load_line(slot, i);
+        const uint8_t* scales = slot - 16 * block.lane() + K * M::BITS / 8 * TILE_ROWS;
+#pragma unroll
+        for (int group = 0; group < ceil_div(K, M::GROUP); ++group) {
+            for (int half = 0; half < 2; ++half) {
+                scale[group][half] =
+                    load_scale<M>(scales + group * TILE_ROWS * M::SCALE_BYTES, block.lane() / 4 + 8 * half);
+            }
+        }
+    }
+    __device__ float seen() const {
+        uint32_t all = line[0].x ^ line[1].x ^ line[2].x ^ line[3].x;
+        for (int group = 0; group < GROUPS; ++group) all ^= scale[group][0] ^ scale[group][1];
+        return __uint_as_float(all);
+    }
+};
+
 // ---- one unit: 16 outputs, one segment ----
 // What a warp makes of a unit. Its Input is the lane's part of a segment of the activations: input_of() says
 // where it begins in the first segment. add<K>() takes the unit's slots in their order, each K wide, from
 // `in_segment` on; finish() hands each of the lane's sums to take(): its place in [row][output of the tile],
-// counted from place_of(), and the sum. seen() is a number made of everything that was read in the slots. A
-// slot's address is that of the lane's 16 bytes in its first line. What depends on the lane alone is worked
-// out before the input comes.
+// counted from place_of(), and the sum. seen() is a number made of everything that was added. What depends on
+// the lane alone is worked out before the input comes.
 
 template <class M, bool INTEGER = M::BITS != 16>
 class Unit;
@@ -38,13 +83,13 @@ class Unit<M, false> {
     }
 
     template <int K>
-    __device__ void add(const Block&, const uint8_t* slot, const Input& input, int in_segment) {
+    __device__ void add(const SlotPart<M>& slot, const Input& input, int in_segment) {
         const uint8_t* activations = input.activations + 2 * in_segment;
 #pragma unroll
         for (int j = 0; j < K / 32; ++j) {
             const uint4 b = *reinterpret_cast<const uint4*>(activations + 64 * j);
-            step(load_line(slot, 2 * j), b.x, b.y);
-            step(load_line(slot, 2 * j + 1), b.z, b.w);
+            step(slot.line[2 * j], b.x, b.y);
+            step(slot.line[2 * j + 1], b.z, b.w);
         }
     }
 
@@ -133,15 +178,12 @@ class Unit<M, true> {
     }
 
     template <int K>
-    __device__ void add(const Block& block, const uint8_t* slot, const Input& input, int in_segment) {
-        // From the lane's 16 bytes of the first line to its first output's scale.
-        const int first_scale = block.lane() / 4 * M::SCALE_BYTES - block.lane() * 16;
-        const uint8_t* scales = slot + first_scale + K * M::BITS / 8 * TILE_ROWS;
+    __device__ void add(const SlotPart<M>& slot, const Input& input, int in_segment) {
         int products[SETS][4] = {};
 #pragma unroll
         for (int block64 = 0; block64 < K / 64; ++block64) {
             uint32_t a[2][4];
-            Codes<M>::load(slot, block64, a);
+            Codes<M>::fragments(slot.line + block64 * Codes<M>::LINES, a);
             const uint4(&b)[SETS] = input.b[in_segment / 64 + block64];
 #pragma unroll
             for (int step = 0; step < 2; ++step) {
@@ -151,8 +193,7 @@ class Unit<M, true> {
                 }
                 const int k = 64 * block64 + 32 * step, group = k / M::GROUP;
                 if ((k + 32) % M::GROUP == 0 || k + 32 == K) {
-                    add_group(products, scales + group * TILE_ROWS * M::SCALE_BYTES,
-                              input.group_sum[in_segment / M::GROUP + group]);
+                    add_group(products, slot.scale[group], input.group_sum[in_segment / M::GROUP + group]);
                 }
             }
         }
@@ -170,13 +211,13 @@ class Unit<M, true> {
     }
 
   private:
-    // Adds the finished products of a group and begins the next. `scales`: those of the lane's first output.
-    __device__ void add_group(int (&products)[SETS][4], const uint8_t* scales,
+    // Adds the finished products of a group and begins the next.
+    __device__ void add_group(int (&products)[SETS][4], const typename Codes<M>::Scale (&scale)[2],
                               const float (&group_sum)[SETS]) {
         for (int set = 0; set < SETS; ++set) {
             for (int half = 0; half < 2; ++half) {
                 sum_[set][half] = Codes<M>::scaled(Codes<M>::exact(products[set], half), group_sum[set],
-                                                   scales, 8 * half, sum_[set][half]);
+                                                   scale[half], sum_[set][half]);
             }
             for (int i = 0; i < 4; ++i) products[set][i] = 0;
         }
@@ -186,6 +227,14 @@ class Unit<M, true> {
 };
 
 // ---- all units of a stage ----
+
+// How many slots of its next unit a warp takes from the ring before it needs them, into registers, if these
+// are not short: so much more is fetched while it waits for its input.
+constexpr bool SPARE_REGISTERS = ROWS == 1 && (!BULK_COPIES || HANDS_ON_REGISTERS);
+template <class M>
+constexpr int TAKEN_SLOTS = M::BITS == 4 || M::SLOT_K > 4 * M::GROUP ? 0
+                            : SPARE_REGISTERS                        ? 2
+                                                                     : M::BITS / 16;
 
 // The block's share of M, the matrix of `stage`, times its activations. When it is made it waits for the
 // first weights. Then, for each part() of the input: receive_input(), run(), and next_part(). All threads do
@@ -235,7 +284,7 @@ class Products {
                 float* of_unit = sums_of(block, parity, unit - first) + place_;
                 multiply(block, input, segment, [&](int place, float sum) { of_unit[place] = sum; });
                 unit = next_unit(block, unit);
-                leave_unit(block, unit < units);
+                leave_unit(block, unit < units, SAME_SEGMENT<M> ? segment : unit % segments());
             }
             if (OWN_INPUT<M> && first == 0) {
                 if (sync_threads_or<THREADS>(!arrived)) return false;
@@ -288,7 +337,8 @@ class Products {
     // Waits for the warp's first slot, which does not depend on the input: that may arrive meanwhile.
     __device__ void begin(Block& block, int part) {
         part_ = part;
-        if (block.warp() < whole_tiles() || has_units(block)) block.stream.wait();
+        const bool whole = block.warp() < whole_tiles();
+        if (whole || has_units(block)) await_unit(block, whole ? 0 : first_segment(block));
     }
 
     __device__ int whole_tiles() const { return M::SPLIT ? partition_.whole_tiles() : 0; }
@@ -298,10 +348,46 @@ class Products {
         return M::turn(block.warp()) < (tiles_ - whole_tiles()) * segments();
     }
 
+    // Of the first of these.
+    __device__ int first_segment(const Block& block) const { return M::turn(block.warp()) % segments(); }
+
+    // Waits for the first slot of the warp's next unit, of `segment`, and takes what is taken ahead.
+    __device__ void await_unit(Block& block, int segment) {
+        block.stream.wait();
+#pragma unroll
+        for (int i = 0; i < TAKEN_SLOTS<M>; ++i) {
+            if (i > 0 && i >= slots_of(segment)) break;
+            if (i > 0) block.stream.wait();
+            load_slot(block, taken_[i], segment, i);
+            block.stream.release(taken_[i].seen());
+        }
+    }
+
+    __device__ void load_slot(const Block& block, SlotPart<M>& slot, int segment, int i) const {
+        const uint8_t* line = block.stream.slot() + line_;
+        if (is_tail(segment, i)) {
+            slot.template load<M::TAIL_K>(block, line);
+        } else {
+            slot.template load<M::SLOT_K>(block, line);
+        }
+    }
+
     // Waits for the first slot of the warp's next unit, if it has `more`, and fetches over borders.
-    __device__ void leave_unit(Block& block, bool more) {
-        if (more) block.stream.wait();
+    __device__ void leave_unit(Block& block, bool more, int segment) {
+        if (more) await_unit(block, segment);
         block.stream.refill();
+    }
+
+    // Of a tile's slots that of slot i of a segment, counted in what the block holds.
+    __device__ int slot_of(int segment, int i) const {
+        return ((M::SPLIT ? part_ * M::IN_PART : 0) + segment) * M::SLOTS_PER_SEGMENT + i;
+    }
+    __device__ int slots_of(int segment) const {
+        constexpr bool EVEN = M::SLOTS % M::SLOTS_PER_SEGMENT == 0;
+        return EVEN ? M::SLOTS_PER_SEGMENT : min_of(M::SLOTS_PER_SEGMENT, M::SLOTS - slot_of(segment, 0));
+    }
+    __device__ bool is_tail(int segment, int i) const {
+        return M::TAIL_K != M::SLOT_K && slot_of(segment, i) + 1 == M::SLOTS;
     }
 
     // A warp adds up a tile's segments as they come, in its part of the second round's buffer, where half
@@ -318,7 +404,9 @@ class Products {
                 input.load(block, input_, segment);
                 multiply(block, input, segment,
                          [&](int place, float sum) { own[place] = segment == 0 ? sum : own[place] + sum; });
-                leave_unit(block, !last || tile + WARPS < whole_tiles() || has_units(block));
+                const bool more = tile + WARPS < whole_tiles();
+                leave_unit(block, !last || more || has_units(block),
+                           !last ? segment + 1 : (more ? 0 : first_segment(block)));
             }
             __syncwarp();
             const int thread = block.thread;
@@ -350,20 +438,25 @@ class Products {
     template <class Take>
     __device__ void multiply(Block& block, const typename Unit<M>::Input& input, int segment, Take take) {
         Unit<M> unit;
-        const int first = ((M::SPLIT ? part_ * M::IN_PART : 0) + segment) * M::SLOTS_PER_SEGMENT;
-        const int slots = M::SLOTS_PER_SEGMENT == 1 ? 1 : min_of(M::SLOTS_PER_SEGMENT, M::SLOTS - first);
-#pragma unroll(M::BITS == 16 ? 1 : M::SLOTS_PER_SEGMENT)  // integers have their input in registers
-        for (int i = 0; i < M::SLOTS_PER_SEGMENT; ++i) {
-            if (i > 0) {
-                if (i == slots) break;
-                block.stream.wait();
-            }
-            const uint8_t* line = block.stream.slot() + line_;
-            if (M::TAIL_K == M::SLOT_K || first + i + 1 < M::SLOTS) {
-                unit.template add<M::SLOT_K>(block, line, input, i * M::SLOT_K);
+        const auto add = [&](const SlotPart<M>& slot, int i) {
+            if (is_tail(segment, i)) {
+                unit.template add<M::TAIL_K>(slot, input, i * M::SLOT_K);
             } else {
-                unit.template add<M::TAIL_K>(block, line, input, i * M::SLOT_K);
+                unit.template add<M::SLOT_K>(slot, input, i * M::SLOT_K);
             }
+        };
+#pragma unroll
+        for (int i = 0; i < TAKEN_SLOTS<M>; ++i) {
+            if (i > 0 && i >= slots_of(segment)) break;
+            add(taken_[i], i);
+        }
+#pragma unroll(M::BITS == 16 ? 1 : M::SLOTS_PER_SEGMENT)  // integers have their input in registers
+        for (int i = TAKEN_SLOTS<M>; i < M::SLOTS_PER_SEGMENT; ++i) {
+            if (i > 0 && i >= slots_of(segment)) break;
+            if (i > 0) block.stream.wait();
+            SlotPart<M> slot;
+            load_slot(block, slot, segment, i);
+            add(slot, i);
             block.stream.release(unit.seen());
         }
         unit.finish(block, input, take);
@@ -427,4 +520,5 @@ class Products {
     const int tiles_;                 // the block's of a part
     const int line_, input_, place_;  // the lane's in a line, in the activations and among a unit's sums
     int part_;                        // that the block is at
+    SlotPart<M> taken_[max_of(1, TAKEN_SLOTS<M>)];  // of the warp's next unit
 };

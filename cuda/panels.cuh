@@ -145,7 +145,9 @@ __device__ __forceinline__ int transposed_row_in_share(int octet) {
 template <class M, int BITS = M::BITS>
 struct PieceWeights {
     static __device__ void load(const uint8_t* lines, int piece, uint32_t (&a)[2][4]) {
-        Codes<M>::load(lines, piece, a);
+        uint4 line[Codes<M>::LINES];
+        for (int i = 0; i < Codes<M>::LINES; ++i) line[i] = load_line(lines, piece * Codes<M>::LINES + i);
+        Codes<M>::fragments(line, a);
     }
 };
 template <class M>
@@ -234,8 +236,8 @@ class Share<M, true> {
             int (&products)[4] = products_[tile][set];
             for (int half = 0; half < 2; ++half) {
                 float& sum = segment_[tile][set][half];
-                sum = Codes<M>::scaled(Codes<M>::exact(products, half), group_sums[set], scales, g + 8 * half,
-                                       sum);
+                sum = Codes<M>::scaled(Codes<M>::exact(products, half), group_sums[set],
+                                       load_scale<M>(scales, g + 8 * half), sum);
             }
             for (int i = 0; !WGMMA && i < 4; ++i) products[i] = 0;  // wgmma begins from zero itself
         }

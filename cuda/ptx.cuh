@@ -128,6 +128,12 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
     return y;
 }
 
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ float divide_approx(float x, float y) {
     float quotient;
     asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
@@ -276,19 +282,22 @@ __device__ __forceinline__ void fence_async_proxy() {
 
 // ---- registers of a group of four warps (sm_90 to sm_110: ptxas ignores it in a kernel for sm_120) ----
 
+// Whether warps can hand registers on to others.
+#if __CUDA_ARCH__ < 1200
+constexpr bool HANDS_ON_REGISTERS = true;
+#else
+constexpr bool HANDS_ON_REGISTERS = false;
+#endif
+
 // The warps of a group, which begin with a multiple of four, have COUNT registers each from here on: fewer
 // than before, or more, once others have given them up.
 template <int COUNT>
 __device__ __forceinline__ void give_up_registers() {
-#if __CUDA_ARCH__ < 1200
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-#endif
+    if constexpr (HANDS_ON_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 template <int COUNT>
 __device__ __forceinline__ void take_registers() {
-#if __CUDA_ARCH__ < 1200
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-#endif
+    if constexpr (HANDS_ON_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 // ---- products of a group of four warps (sm_90 alone) ----

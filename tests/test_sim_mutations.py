@@ -498,6 +498,9 @@ OWN_BARRIERS = {
     or (place.startswith("matvec.cuh") and match["vote"] is not None)
 }
 
+# Before a slot is given back: where it is read in the midst of products these make the lanes meet, too.
+RELEASE_BARRIER = place_after(SOURCES, "stream.cuh", "const bool served = all_have(result);\n")
+
 # Before the logits are listed: another one stands there if the warps have the lm_head's input in registers.
 LOGITS_BARRIER = place_after(SOURCES, "candidates.cuh", "return args.candidates + row * RESULT_PACKETS; };\n")
 
@@ -515,6 +518,8 @@ def ring_of(place: str) -> str:
         return WHOLE
     if place in OWN_BARRIERS:
         return OWN_ROWS
+    if place == RELEASE_BARRIER:
+        return ONE_ROW
     at, text = BARRIERS[place].start(), SOURCES["stream.cuh"]
     copies = range(text.index("class CopyRing"), text.index("struct BulkState"))
     return COPY if place.startswith("stream.cuh") and at in copies else BULK

@@ -189,6 +189,10 @@ inline float rsqrt_approx(float x) {
     return 1.0f / sqrtf(x);
 }
 
+inline float reciprocal_approx(float x) {
+    return 1.0f / x;
+}
+
 inline float divide_approx(float x, float y) {
     return x / y;
 }
@@ -274,6 +278,8 @@ inline void pass_turn(int group, SIM_SITE) {
 }
 
 // Registers are not simulated, but whoever gives some up does something else than the other warps.
+constexpr bool HANDS_ON_REGISTERS = true;
+
 template <int COUNT>
 inline void give_up_registers() {
     sim::machine.lane().specialised = true;
