@@ -18,18 +18,6 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// 127 / x as division rounds it, of x from 2^-118 on. Division looks for numbers that are not normal and
-// calls a function for them: calls cost a kernel registers. (Newton's step for 1 / x, two of Markstein's;
-// both times 2^-8, so that all is normal. Tried with every significand, whatever 1 / x begins with.)
-__device__ __forceinline__ float divide_127_by(float x) {
-    const float numerator = 127.0f / 256, denominator = x * (1.0f / 256);
-    float inverse = reciprocal_approx(denominator);
-    inverse = fmaf(inverse, fmaf(-denominator, inverse, 1.0f), inverse);
-    float quotient = numerator * inverse;
-    quotient = fmaf(inverse, fmaf(-denominator, quotient, numerator), quotient);
-    return fmaf(inverse, fmaf(-denominator, quotient, numerator), quotient);
-}
-
 __device__ __forceinline__ const float* layer_vectors(const ModelArgs& args, int layer) {
     return args.vectors + static_cast<uint64_t>(layer) * VECTORS_SIZE;
 }
@@ -144,7 +132,7 @@ class HeadVector {
             largest = max_of(largest, __float_as_uint(high_[i]) & 0x7fffffff);
         }
         largest = warp_max(largest);  // as bits: infinity is above all numbers, NaN above infinity
-        const float inverse = divide_127_by(__uint_as_float(largest));
+        const float inverse = 127.0f / __uint_as_float(largest);
 #pragma unroll
         for (int i = 0; i < PAIRS; ++i) {
             const int d = threadIdx.x % 32 + 32 * i;

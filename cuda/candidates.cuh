@@ -377,24 +377,27 @@ __device__ __forceinline__ void place_buckets(const Block& block) {
 __device__ __forceinline__ void sort_exact(const Block& block, const uint64_t (&entries)[GATHERED],
                                            const RowSummary& row) {
     GatheredCandidates& s = block.candidates()->gathered;
-    uint32_t bucket[GATHERED], place[GATHERED];
+    static_assert(MAX_BLOCKS * LISTED <= 1 << 16 && BUCKETS <= 1 << 16,
+                  "a bucket and a place in it take 32 bits");
+    uint32_t place[GATHERED];  // 65,536 times that in the bucket, and the bucket: registers are short
 #pragma unroll
     for (int i = 0; i < GATHERED; ++i) {
-        bucket[i] = row.bucket_of(entries[i]);
-        if (row.has(entries[i])) place[i] = fetch_add_shared(s.held + bucket[i], 1);
+        place[i] = row.bucket_of(entries[i]);
+        if (row.has(entries[i])) place[i] += fetch_add_shared(s.held + place[i], 1) << 16;
     }
+    const auto bucket = [&](int i) { return place[i] & 0xffff; };
     sync_threads<THREADS>();
     place_buckets(block);
     sync_threads<THREADS>();
 #pragma unroll
     for (int i = 0; i < GATHERED; ++i) {
-        if (row.has(entries[i])) s.entry[s.begin[bucket[i]] + place[i]] = entries[i];
+        if (row.has(entries[i])) s.entry[s.begin[bucket(i)] + (place[i] >> 16)] = entries[i];
     }
     sync_threads<THREADS>();
 #pragma unroll
     for (int i = 0; i < GATHERED; ++i) {
         if (!row.has(entries[i])) continue;
-        const uint32_t begin = s.begin[bucket[i]], end = begin + s.held[bucket[i]];
+        const uint32_t begin = s.begin[bucket(i)], end = begin + s.held[bucket(i)];
         uint32_t before = begin;
 #pragma unroll 1
         for (uint32_t other = begin; other < end; ++other) before += s.entry[other] < entries[i];

@@ -176,14 +176,10 @@ __device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& up
         for (int part = 0; part < M::PARTS; ++part) {
             const int source = base + part % 2 * 8 + holder;
             const uint4& from = packet[part / 2];
-            const uint32_t words[3] = {from.x, from.y, from.z};
-            uint32_t bits = 0;
-#pragma unroll
-            for (int i = 0; i < 3; ++i) {
-                const uint32_t sent = __shfl_sync(0xffffffff, words[i], source);
-                if (i == word) bits = sent;
-            }
-            x += __uint_as_float(bits);
+            const uint32_t words[3] = {__shfl_sync(0xffffffff, from.x, source),
+                                       __shfl_sync(0xffffffff, from.y, source),
+                                       __shfl_sync(0xffffffff, from.z, source)};
+            x += __uint_as_float(word == 0 ? words[0] : (word == 1 ? words[1] : words[2]));
         }
         if (arrived) update.finish(block, own_tile, row, x, valid);
     });

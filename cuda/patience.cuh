@@ -32,9 +32,8 @@ class Patience {
         const uint64_t now = global_timer_ns();
         if (deadline_ == 0) deadline_ = now + args_.spin_limit_ns;
         if (now < deadline_) return true;
-        const uint32_t where = static_cast<uint32_t>(opaque(where_));  // the report is not made before
         store_relaxed_system_128(reinterpret_cast<uint4*>(args_.status),
-                                 make_uint4(where, blockIdx.x, 0, args_.pass));
+                                 make_uint4(static_cast<uint32_t>(where_), blockIdx.x, 0, args_.pass));
         store_relaxed_32(args_.gave_up, args_.pass);
         return false;
     }

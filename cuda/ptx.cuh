@@ -128,12 +128,6 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
     return y;
 }
 
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ __forceinline__ float divide_approx(float x, float y) {
     float quotient;
     asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));

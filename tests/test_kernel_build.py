@@ -24,7 +24,7 @@ MAX_SECONDS = 40  # two busy cores take twice what one takes alone
 def a_cover() -> list[tuple[str, str, str, str, str]]:
     """Every architecture with a chunk and a pass; every format with every kind; wgmma with all formats.
 
-    Every architecture with int8 keys and values, in a chunk or a pass.
+    Every architecture with int8 keys and values, in a chunk or a pass. What has the fewest registers left.
     """
     wgmma = [("sm_90", "llama-3.1-8b", dtype, "chunk", "bf16") for dtype in ("bf16", "int4")]
     plain = [
@@ -36,7 +36,12 @@ def a_cover() -> list[tuple[str, str, str, str, str]]:
     int8 = [
         (arch, "llama-3.1-8b", FORMATS[i % 2 * 2], kinds[i % 3], "int8") for i, arch in enumerate(DEVICES)
     ]
-    return wgmma + plain + int8
+    full = [
+        ("sm_90", "llama-3.1-8b", "int8", "one", "int8"),
+        ("sm_90", "llama-3.1-8b", "int4", "many", "int8"),
+        ("sm_90", "llama-3.2-1b", "int4", "many", "bf16"),
+    ]
+    return wgmma + plain + int8 + full
 
 
 @pytest.mark.parametrize(("arch", "name", "dtype", "kind", "kv_dtype"), a_cover())

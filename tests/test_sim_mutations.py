@@ -283,7 +283,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "exact entries in one place": (
         BULK,
-        [CANDIDATES("fetch_add_shared(s.held + bucket[i], 1)", "(s.held[bucket[i]] += 1, 0u)")],
+        [CANDIDATES("fetch_add_shared(s.held + place[i], 1)", "(s.held[place[i]] += 1, 0u)")],
     ),
     "a bucket that begins where it ends": (BULK, [CANDIDATES("end - held", "end")]),
     "buckets of the warps before not counted": (BULK, [CANDIDATES("other < warp", "other < 0")]),

@@ -189,10 +189,6 @@ inline float rsqrt_approx(float x) {
     return 1.0f / sqrtf(x);
 }
 
-inline float reciprocal_approx(float x) {
-    return 1.0f / x;
-}
-
 inline float divide_approx(float x, float y) {
     return x / y;
 }
