@@ -9,7 +9,8 @@
 // ---- one slot ----
 // The lane's part of a slot in registers: 16 bytes of each line and, of each group, the scales of outputs
 // lane / 4 and 8 more. load<K>() reads a slot that is K wide; `slot` is the lane's 16 bytes of its first
-// line. seen() is a number that needs every read.
+// line. seen() is a number that needs every read. (Zeros at first: what has a value on some paths only is
+// spilled.)
 
 template <class M, bool INTEGER = M::BITS != 16>
 struct SlotPart;
@@ -228,8 +229,9 @@ class Unit<M, true> {
 
 // ---- all units of a stage ----
 
-// How many slots of its next unit a warp takes from the ring before it needs them, into registers, if these
-// are not short: so much more is fetched while it waits for its input.
+// How many slots of its next unit a warp takes from the ring before it needs them, into registers: so much
+// more is fetched while it waits for its input. Two, or one of bf16 where registers are short; none of int4,
+// which wins nothing by it, and none with more than four groups.
 constexpr bool SPARE_REGISTERS = ROWS == 1 && (!BULK_COPIES || HANDS_ON_REGISTERS);
 template <class M>
 constexpr int TAKEN_SLOTS = M::BITS == 4 || M::SLOT_K > 4 * M::GROUP ? 0
@@ -433,8 +435,8 @@ class Products {
                         : blockIdx.x + own_tile * gridDim.x;
     }
 
-    // Multiplies a unit, whose first slot is there, by the input of its segment, which counts in what the
-    // block holds. take: see Unit::finish().
+    // Multiplies a unit, for whose first slot await_unit() has waited, by the input of its segment, which
+    // counts in what the block holds. take: see Unit::finish().
     template <class Take>
     __device__ void multiply(Block& block, const typename Unit<M>::Input& input, int segment, Take take) {
         Unit<M> unit;
