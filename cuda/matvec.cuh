@@ -231,7 +231,7 @@ class Unit<M, true> {
 
 // How many slots of its next unit a warp takes from the ring before it needs them, into registers: so much
 // more is fetched while it waits for its input. Two, or one of bf16 where registers are short; none of int4,
-// which wins nothing by it, and none with more than four groups.
+// by which small models lose, and none with more than four groups.
 constexpr bool SPARE_REGISTERS = ROWS == 1 && (!BULK_COPIES || HANDS_ON_REGISTERS);
 template <class M>
 constexpr int TAKEN_SLOTS = M::BITS == 4 || M::SLOT_K > 4 * M::GROUP ? 0

@@ -313,6 +313,20 @@ def test_warps_that_receive_their_own(pack: Callable[[Case], PackedModel], dtype
         assert same_bits(found, expected), (decoder.rows, decoder.blocks)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_one_row_with_a_part_at_a_time(pack: Callable[[Case], PackedModel], dtype: str) -> None:
+    """The same bits as where a block has all of the input: whole tiles, and slots that are taken ahead."""
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 64}
+    packed = pack(Case("llama2", dtype, changes=heads | {"hidden_size": 696, "intermediate_size": 900}))
+    tokens = case_tokens(packed, 1)
+    whole, split = (
+        SimDecoder(packed, MAX_SEQ_LEN, rows=1, part_segments=2, split_parts=split) for split in (False, True)
+    )
+    expected = deep_logits(whole, tokens, 1)
+    for split.blocks, split.seed in ((1, 0), (3, 28)):
+        assert same_bits(deep_logits(split, tokens, 1), expected), split.blocks
+
+
 def test_logits_as_asked(pack: Callable[[Case], PackedModel]) -> None:
     packed = pack(SMALL)
     decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=8)

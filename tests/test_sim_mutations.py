@@ -53,6 +53,7 @@ BLOCK = functools.partial(Edit, "block.cuh")
 ACTIVATIONS = functools.partial(Edit, "activations.cuh")
 # Builds besides BULK and COPY.
 ONE_ROW, WHOLE, OWN_TURNS, OWN_ROWS = "one row", "whole tiles", "turns of segments", "rows of a segment"
+ONE_WHOLE = "whole tiles of one row"
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(i))"
 MISSING = "packet[i].w != tag"
@@ -393,6 +394,16 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
         [MATVEC("M::turn(block.warp())", "0", "input_, M::turn(block.warp()) % M::HELD_SEGMENTS")],
     ),
     "segments of a batch in one place": (BULK, [ACTIVATIONS("i * STEP", "0", "high + i * STEP")]),
+    # Slots taken ahead.
+    "the first one for all": (ONE_ROW, [MATVEC("taken_[i]", "taken_[0]", "add(taken_[i], i)")]),
+    "those of the same segment": (
+        ONE_WHOLE,
+        [MATVEC("SAME_SEGMENT<M> ? segment : unit % segments()", "segment")],
+    ),
+    "those of a whole tile's same segment": (
+        ONE_WHOLE,
+        [MATVEC("!last ? segment + 1 : (more ? 0 : first_segment(block))", "segment")],
+    ),
     # Segments of a warp's own: which they are,
     "the rest's first segment for all": (OWN_TURNS, [BLOCK("turn % PERIOD", "0")]),
     "the rest not received": (OWN_TURNS, [BLOCK("M::turn(block.warp()) < OWN_TILES * REST", "false")]),
@@ -549,6 +560,7 @@ class Mutable:
     SHARED_LIMIT = 128 * 1024
     QUERIED = np.arange(0, 64, dtype=np.int32)[np.arange(64) % 3 > 0]  # marked by two warps
     FEW = np.arange(0, 64, 12)  # others that one block lists
+    SPLIT_PARTS = False  # besides those that have to be
     HANDS_OVER = True  # tokens and candidates, in results()
     BLOCKS, BUILT_FOR = (1, 3), 1  # of grids, and of the smallest one that the build serves
 
@@ -557,7 +569,7 @@ class Mutable:
         options = {"rows": self.CASE.rows, "shared_limit": self.SHARED_LIMIT}
         options |= {"num_slots": 2, "kv_dtype": "int8" if ring == INT8_KV_BUILD else "bf16"}
         options |= {"part_segments": self.PART_SEGMENTS, "bulk_copies": ring != COPY}
-        options["built_for"] = self.BUILT_FOR
+        options |= {"built_for": self.BUILT_FOR, "split_parts": self.SPLIT_PARTS}
         self.decoder = SimDecoder(packed, MAX_SEQ_LEN, cuda=cuda, **options)
         exact = SimDecoder(packed, MAX_SEQ_LEN, **options)
         self.expected = {}
@@ -654,6 +666,17 @@ class WholeTiles(Mutable):
         yield flat(decoder.listed(self.tokens[:2], 0, self.QUERIED, {1: 1.0})[1])
 
 
+class OneWhole(WholeTiles):
+    """The same of one row, whose slots are taken ahead."""
+
+    CASE = dataclasses.replace(WholeTiles.CASE, rows=1)
+    SPLIT_PARTS = True
+
+    def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
+        yield deep_logits(decoder, self.tokens[:1], 1)
+        yield decoder.stages()[-1]["hidden_squares"]
+
+
 class OneRow(Mutable):
     """The build for one row: down_proj's input has three parts, and some of its tiles go over two rounds.
 
@@ -733,14 +756,20 @@ def mutable(
 
     @functools.cache
     def make(name: str) -> Mutable:
-        kinds = {ONE_ROW: OneRow, WHOLE: WholeTiles, OWN_TURNS: OwnTurns, OWN_ROWS: OwnRows}
+        kinds = {
+            ONE_ROW: OneRow,
+            WHOLE: WholeTiles,
+            ONE_WHOLE: OneWhole,
+            OWN_TURNS: OwnTurns,
+            OWN_ROWS: OwnRows,
+        }
         kind = kinds.get(name, Mutable)
         return kind(pack(kind.CASE), cuda, name if kind is Mutable else BULK)
 
     return make
 
 
-@pytest.mark.parametrize("ring", [BULK, COPY, INT8_KV_BUILD, ONE_ROW, WHOLE, OWN_TURNS, OWN_ROWS])
+@pytest.mark.parametrize("ring", [BULK, COPY, INT8_KV_BUILD, ONE_ROW, WHOLE, ONE_WHOLE, OWN_TURNS, OWN_ROWS])
 def test_no_mutation_is_right(mutable: Callable[[str], Mutable], ring: str) -> None:
     """In a child too, where mistakes are tried."""
     build = mutable(ring)

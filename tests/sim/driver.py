@@ -322,14 +322,16 @@ class SimDecoder(SimKernel):
         test_pauses: bool = False,
         stage_times: bool = False,
         part_segments: int | None = None,
+        split_parts: bool = False,
         built_for: int = 1,
         cuda: Path | None = None,
         coverage: bool = False,
     ) -> None:
         """`part_segments`: of a part of o_proj's and down_proj's input, at most, instead of PART_SEGMENTS.
 
-        It decides the order of sums: builds that differ in it have different bits. The build serves grids of
-        `built_for` blocks and more: those of one have room for every tile. The rest as kernel_defines says.
+        It decides the order of sums: builds that differ in it have different bits. `split_parts`: a block
+        has one part at a time, though there is room for all of them. The build serves grids of `built_for`
+        blocks and more: those of one have room for every tile. The rest as kernel_defines says.
         """
         self.config, self.max_seq_len, self.device = packed.config, max_seq_len, "sim"
         self.rows, self.num_slots, self.kv_dtype = rows, num_slots, kv_dtype
@@ -351,6 +353,8 @@ class SimDecoder(SimKernel):
         )
         if part_segments is not None:
             defines["PART_SEGMENTS"] = str(part_segments)
+        if split_parts:
+            defines["SPLIT_PARTS"] = "1"
         super().__init__(defines, blocks, seed, cuda, coverage)
         self.build_info = self._info("ffmini_build_info", BUILD_INFO, PASS_ARGS)
         self._upload(packed)

@@ -273,9 +273,9 @@ inline void pass_turn(int group, SIM_SITE) {
     sim::machine.barrier_pass(sim::FIRST_TURN + group, 256, {"pass_turn", file, line});
 }
 
-// Registers are not simulated, but whoever gives some up does something else than the other warps.
 constexpr bool HANDS_ON_REGISTERS = true;
 
+// Registers are not simulated, but whoever gives some up does something else than the other warps.
 template <int COUNT>
 inline void give_up_registers() {
     sim::machine.lane().specialised = true;
