@@ -95,18 +95,19 @@ __device__ __forceinline__ bool receive_residual(Block& block, const uint4* pack
     });
 }
 
-// The weights of a norm at the block's own tiles of the residual stream: asked for before a wait, kept after
-// it.
+// The weights of the norm that comes next at the block's own tiles of the residual stream: asked for before M
+// waits for its input, kept after it. (Where M's parts are split who adds them up asks for them.)
+template <class M>
 class NextNorm {
   public:
     __device__ NextNorm(const Block& block, const float* weight) {
-        for (int i = 0; i < PER_THREAD; ++i) {
+        for (int i = 0; i < PER_THREAD && !M::SPLIT; ++i) {
             const int own = block.thread + i * THREADS, k = k_of(own);
             if (own < OWN_TILES * TILE_ROWS && k < HIDDEN_SIZE) weight_[i] = weight[k];
         }
     }
     __device__ void keep(const Block& block) const {
-        for (int i = 0; i < PER_THREAD; ++i) {
+        for (int i = 0; i < PER_THREAD && !M::SPLIT; ++i) {
             const int own = block.thread + i * THREADS;
             if (own < OWN_TILES * TILE_ROWS) block.shared()->next_norm[own] = weight_[i];
         }
@@ -122,27 +123,37 @@ class NextNorm {
 
 // The residual stream in this block's tiles while a stage adds to it, and where it goes.
 struct ResidualUpdate {
-    const float* bias;  // or null
-    uint4* packets;     // of the norm that comes next
+    const float* bias;       // or null
+    const float* next_norm;  // weights of the norm that comes next,
+    uint4* packets;          // and its packets
     uint32_t tag;
 
     // What the parts of a matrix's product are added to. (Who is not valid must not read what others write.)
     __device__ float before(const Block& block, int own_tile, int row, bool valid) const {
         if (!valid) return 0.0f;
-        const int k = (blockIdx.x + own_tile * gridDim.x) * TILE_ROWS + block.thread % TILE_ROWS;
+        const int k = k_of(block, own_tile);
         const float x = *place(block, own_tile, row);
         return bias != nullptr && k < HIDDEN_SIZE ? x + bias[k] : x;
     }
 
+    // The next norm's weight.
+    __device__ float weight(const Block& block, int own_tile) const {
+        const int k = k_of(block, own_tile);
+        return k < HIDDEN_SIZE ? next_norm[k] : 0.0f;
+    }
+
     // By a whole warp, half a warp for a tile of a row.
-    __device__ void finish(const Block& block, int own_tile, int row, float x, bool valid) const {
+    __device__ void finish(const Block& block, int own_tile, int row, float x, float weight,
+                           bool valid) const {
         if (valid) *place(block, own_tile, row) = x;
-        const float weight = block.shared()->next_norm[own_tile * TILE_ROWS + block.thread % TILE_ROWS];
         publish_residual(block, packets + row * HIDDEN_PACKETS, blockIdx.x + own_tile * gridDim.x, x, weight,
                          tag, valid);
     }
 
   private:
+    static __device__ int k_of(const Block& block, int own_tile) {
+        return (blockIdx.x + own_tile * gridDim.x) * TILE_ROWS + block.thread % TILE_ROWS;
+    }
     static __device__ float* place(const Block& block, int own_tile, int row) {
         return block.shared()->residual + (own_tile * ROWS + row) * TILE_ROWS + block.thread % TILE_ROWS;
     }
@@ -168,6 +179,7 @@ __device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& up
             const int part = min_of(2 * pair + output / 8, M::PARTS - 1);
             return of_tile + part * M::TILES * FLOAT_PACKETS + in_tile;
         };
+        const float weight = update.weight(block, own_tile);
         if (__any_sync(0xffffffff, !await_packets(patience, tag, at, packet))) arrived = false;
         float x = update.before(block, own_tile, row, valid);
         const int holder = output < 8 ? output / 3 : 3 + (output - 8) / 3;
@@ -181,24 +193,26 @@ __device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& up
                                        __shfl_sync(0xffffffff, from.z, source)};
             x += __uint_as_float(word == 0 ? words[0] : (word == 1 ? words[1] : words[2]));
         }
-        if (arrived) update.finish(block, own_tile, row, x, valid);
+        if (arrived) update.finish(block, own_tile, row, x, weight, valid);
     });
     return !sync_threads_or<THREADS>(!arrived);  // also: nobody adds up M's units any more
 }
 
 // Adds M's product of the block's activations, which receive(part) brings, to the residual, or publishes its
-// share of it for those whose tiles it concerns, among the packets `partial`, [ROWS][PARTS][tiles].
-template <class M, class Receive>
-__device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>& products,
-                                                       const ResidualUpdate& update, uint4* partial,
-                                                       uint32_t tag, int where, Receive receive) {
+// share of it for those whose tiles it concerns, among the packets `partial`, [ROWS][PARTS][tiles]. start()
+// gives the ResidualUpdate, when it is needed.
+template <class M, class Start, class Receive>
+__device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>& products, Start start,
+                                                       uint4* partial, uint32_t tag, int where,
+                                                       Receive receive) {
     if constexpr (!M::SPLIT) {
         const bool arrived = receive(0);
         return products.run(
             block, arrived,
-            [&](int own_tile, int row, bool valid) { return update.before(block, own_tile, row, valid); },
+            [&](int own_tile, int row, bool valid) { return start().before(block, own_tile, row, valid); },
             [&](int own_tile, int, int row, float x, bool valid) {
-                update.finish(block, own_tile, row, x, valid);
+                const int own = own_tile * TILE_ROWS + block.thread % TILE_ROWS;
+                start().finish(block, own_tile, row, x, block.shared()->next_norm[own], valid);
             });
     } else {
         do {
@@ -210,7 +224,7 @@ __device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>
             };
             if (!products.run(block, arrived, no_sum, publish_product)) return false;
         } while (products.next_part(block));
-        return add_parts<M>(block, update, partial, tag, where);
+        return add_parts<M>(block, start(), partial, tag, where);
     }
 }
 
@@ -305,7 +319,7 @@ __device__ __forceinline__ bool o_proj(Block& block, int layer) {
     const uint32_t tag = tag_of(block.args, layer);
     const int where = where_of(layer, STAGE_O);
     const float* vectors = layer_vectors(block.args, layer);
-    const NextNorm next(block, vectors + POST_ATTENTION_LAYERNORM_OFFSET);
+    const NextNorm<OProj> next(block, vectors + POST_ATTENTION_LAYERNORM_OFFSET);
     Products<OProj> products(block, STAGE_O);
     const auto receive = [&](int part) {
         const bool arrived = receive_input<OProj, HeadRuns>(block, packets.attention(), tag, where, part,
@@ -313,8 +327,13 @@ __device__ __forceinline__ bool o_proj(Block& block, int layer) {
         mark(block, layer, MARK_O_IN);
         return arrived;
     };
-    const ResidualUpdate update = {O_BIAS ? vectors + O_BIAS_OFFSET : nullptr, packets.mid_hidden(), tag};
-    if (!multiply_into_residual(block, products, update, o_product_packets(block.args.exchange), tag, where,
+    const auto start = [&] {
+        const int here = opaque(layer);  // what follows from it is not kept while units are multiplied
+        const float* own = layer_vectors(block.args, here);
+        return ResidualUpdate{O_BIAS ? own + O_BIAS_OFFSET : nullptr, own + POST_ATTENTION_LAYERNORM_OFFSET,
+                              LayerPackets(block.args.exchange, here).mid_hidden(), tag};
+    };
+    if (!multiply_into_residual(block, products, start, o_product_packets(block.args.exchange), tag, where,
                                 receive)) {
         return false;
     }
@@ -358,15 +377,18 @@ __device__ __forceinline__ bool norm_gate_up(Block& block, int layer) {
     return all_arrived;
 }
 
+// Weights of the norm behind layer `layer`.
+__device__ __forceinline__ const float* next_input_norm(const PassArgs& args, int layer) {
+    return layer + 1 == NUM_LAYERS ? args.norm : layer_vectors(args, layer + 1) + INPUT_LAYERNORM_OFFSET;
+}
+
 // reads and waits for: activation. writes: hidden of the next layer.
 __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     if (!DownProj::SPLIT && block.residual_tiles() == 0) return true;
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
     const int where = where_of(layer, STAGE_DOWN);
-    const float* vectors = layer_vectors(block.args, layer);
-    const bool last = layer + 1 == NUM_LAYERS;
-    const NextNorm next(block, last ? block.args.norm : vectors + VECTORS_SIZE + INPUT_LAYERNORM_OFFSET);
+    const NextNorm<DownProj> next(block, next_input_norm(block.args, layer));
     Products<DownProj> products(block, STAGE_DOWN);
     const auto receive = [&](int part) {
         const bool arrived = receive_input<DownProj, GateUpRuns>(block, packets.activation(), tag, where,
@@ -374,10 +396,15 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
         mark(block, layer, MARK_DOWN_IN);
         return arrived;
     };
-    const ResidualUpdate update = {MLP_BIAS ? vectors + DOWN_BIAS_OFFSET : nullptr, packets.next_hidden(),
-                                   tag_of(block.args, layer + 1)};
-    if (!multiply_into_residual(block, products, update, down_product_packets(block.args.exchange), tag,
-                                where, receive)) {
+    const auto start = [&] {
+        const int here = opaque(layer);
+        return ResidualUpdate{MLP_BIAS ? layer_vectors(block.args, here) + DOWN_BIAS_OFFSET : nullptr,
+                              next_input_norm(block.args, here),
+                              LayerPackets(block.args.exchange, here).next_hidden(),
+                              tag_of(block.args, here + 1)};
+    };
+    if (!multiply_into_residual(block, products, start, down_product_packets(block.args.exchange), tag, where,
+                                receive)) {
         return false;
     }
     mark(block, layer, MARK_DOWN);

@@ -227,7 +227,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "products under another layer's tag": (BULK, [PASS("tag", FIRST_TAG, PRODUCTS_SENT)]),
     "products of all layers under one tag": (
         BULK,
-        [PASS("tag", FIRST_TAG, PRODUCTS_SENT), PASS("tag", FIRST_TAG, "(block, update, partial, tag,")],
+        [PASS("tag", FIRST_TAG, PRODUCTS_SENT), PASS("tag", FIRST_TAG, "(block, start(), partial, tag,")],
     ),
     "products under any tag": (
         BULK,
