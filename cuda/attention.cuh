@@ -10,77 +10,91 @@
 
 // ---- an item's vectors ----
 
-// Receives the queries of the item's heads, and the keys and values of the pass's own rows that it sees.
-__device__ __forceinline__ bool receive_vectors(const Block& block, const Item& item, const uint4* qkv,
-                                                uint32_t tag, int where) {
-    AttentionScratch& s = *block.attention();
-    const int queries = item.heads() * VECTOR_PACKETS;
-    const int key = (NUM_HEADS + item.kv_head()) * VECTOR_PACKETS;
-    const uint4* own = qkv + item.row * QKV_PACKETS + item.first_head * VECTOR_PACKETS;
-    const uint4* fresh = qkv + item.fresh_row * QKV_PACKETS + key;
-    // Behind the queries: of each fresh row its key, then its value.
-    const auto at = [&](int index) {
-        if (index < queries) return own + index;
-        const int vector = (index - queries) / VECTOR_PACKETS, packet = (index - queries) % VECTOR_PACKETS;
-        return fresh + vector / 2 * QKV_PACKETS + vector % 2 * NUM_KV_HEADS * VECTOR_PACKETS + packet;
-    };
-    const auto take = [&](int index, const uint4& packet) {
-        float* target = s.query;
-        if (index >= queries) {
-            index -= queries;
-            const int vector = index / VECTOR_PACKETS;
-            index -= vector * VECTOR_PACKETS;
-            target = (vector % 2 == 0 ? s.key : s.value) + vector / 2 * HEAD_DIM;
-        }
-        target += index / 3 * 8 + index % 3 * 3;
-        target[0] = __uint_as_float(packet.x);
-        target[1] = __uint_as_float(packet.y);
-        if (index % 3 < 2) target[2] = __uint_as_float(packet.z);
-    };
-    constexpr int MOST = (ITEM_HEADS + 2 * ROWS) * VECTOR_PACKETS;
-    const int count = queries + 2 * (item.end - item.fresh) * VECTOR_PACKETS;
-    return receive<MOST>(block, count, tag, where, at, take);
-}
-
 // Of the rotation of the pass's row `row`.
 __device__ __forceinline__ Angles angles_of(const Block& block, int row) {
     const int at = row * (HEAD_DIM / 2);
     return {block.shared()->rope_cos + at, block.shared()->rope_sin + at};
 }
 
-// Fills query_bf16, key_vector and value_vector of the item.
-__device__ __forceinline__ bool load_item(Block& block, const Item& item, int layer, const uint4* qkv,
-                                          uint32_t tag, int where) {
+// One of the vectors that an item needs from the pass's packets: a query of the item's heads, or the key or
+// the value of one of the pass's own rows that it sees. They are counted in this order.
+struct FreshVector {
+    enum Kind { QUERY, KEY, VALUE };
+    Kind kind;
+    int index, row, head;  // index: among those of its kind; head: among q's, k's and v's
+
+    static __device__ int count(const Item& item) { return item.heads() + 2 * (item.end - item.fresh); }
+    __device__ FreshVector(const Item& item, int v) {
+        const int rows = item.end - item.fresh, heads = item.heads();
+        kind = v < heads ? QUERY : (v < heads + rows ? KEY : VALUE);
+        index = v - (kind == QUERY ? 0 : (kind == KEY ? heads : heads + rows));
+        row = kind == QUERY ? item.row : item.fresh_row + index;
+        head = kind == QUERY ? item.first_head + index
+                             : NUM_HEADS + (kind == KEY ? 0 : NUM_KV_HEADS) + item.kv_head();
+    }
+};
+
+// Receives a vector, by a warp, into target[HEAD_DIM]. False, in this lane alone, if a packet did not come.
+__device__ __forceinline__ bool receive_vector(const Block& block, const uint4* packets, float* target,
+                                               uint32_t tag, int where) {
+    constexpr int SHARE = ceil_div(VECTOR_PACKETS, 32);  // of a lane
+    uint4 packet[SHARE];
+    Patience patience(block.args, where);
+    const auto at = [&](int i) { return packets + min_of(block.lane() + 32 * i, VECTOR_PACKETS - 1); };
+    if (!await_packets(patience, tag, at, packet)) return false;
+#pragma unroll
+    for (int i = 0; i < SHARE; ++i) {
+        const int index = min_of(block.lane() + 32 * i, VECTOR_PACKETS - 1);
+        float* three = target + index / 3 * 8 + index % 3 * 3;
+        three[0] = __uint_as_float(packet[i].x);
+        three[1] = __uint_as_float(packet[i].y);
+        if (index % 3 < 2) three[2] = __uint_as_float(packet[i].z);
+    }
+    return true;
+}
+
+// Where dimension d of a query lies: pairs are A operands for rows 0 to 7, what stands between them is for
+// rows 8 to 15, whose products nobody wants.
+__device__ __forceinline__ int query_place(int d) {
+    return Vectors::order_of(d) / 2 * 4 + Vectors::order_of(d) % 2;
+}
+
+// Fills query_bf16, key_vector and value_vector of the item. A warp receives a vector and makes of it what is
+// wanted; the last warps, which have the fewest positions, begin.
+__device__ __forceinline__ bool load_vectors(Block& block, const Item& item, int layer, const uint4* qkv,
+                                             uint32_t tag, int where) {
     AttentionScratch& s = *block.attention();
     const float* vectors = block.args.vectors + static_cast<uint64_t>(layer) * VECTORS_SIZE;
-    float norm = 0.0f;  // asked for before the wait
-    if (QK_NORM && block.thread < 2 * HEAD_DIM) {
-        norm = block.thread < HEAD_DIM ? vectors[Q_NORM_OFFSET + block.thread]
-                                       : vectors[K_NORM_OFFSET + block.thread - HEAD_DIM];
+    float* vector = reinterpret_cast<float*>(s.share + block.warp() * SHARE_PAIRS);
+    float* norm = vector + HEAD_DIM;
+    bool arrived = true;
+    for (int v = WARPS - 1 - block.warp(); v < FreshVector::count(item); v += WARPS) {
+        const FreshVector fresh(item, opaque(v));  // registers are short
+        // Asked for before the wait.
+        for (int d = block.lane(); QK_NORM && d < HEAD_DIM; d += 32) {
+            norm[d] = vectors[(fresh.kind == FreshVector::QUERY ? Q_NORM_OFFSET : K_NORM_OFFSET) + d];
+        }
+        const uint4* packets = qkv + fresh.row * QKV_PACKETS + fresh.head * VECTOR_PACKETS;
+        arrived = receive_vector(block, packets, vector, tag, where) && arrived;
+        __syncwarp();
+        HeadVector head;
+        head.load(vector);
+        if (fresh.kind == FreshVector::VALUE) {
+            Vectors::put_value(head, s.value_vector + fresh.index * VECTOR_BYTES, item.fresh + fresh.index);
+        } else {
+            head.norm_and_rotate(norm, angles_of(block, fresh.row));
+            if (fresh.kind == FreshVector::KEY) {
+                Vectors::put_key(head, s.key_vector + fresh.index * VECTOR_BYTES, item.fresh + fresh.index);
+            } else {
+                uint16_t* query = s.query_bf16 + fresh.index * QUERY_STRIDE;
+                head.round(query, query_place);
+                for (int d = HEAD_DIM + block.lane(); d < HEAD_DIM_PAD; d += 32) query[query_place(d)] = 0;
+            }
+        }
+        __syncwarp();
     }
-    for (int i = block.thread; i < TILE_HEADS * QUERY_STRIDE / 2; i += THREADS) {
-        reinterpret_cast<uint32_t*>(s.query_bf16)[i] = 0;
-    }
-    const bool arrived = receive_vectors(block, item, qkv, tag, where);
-    if (QK_NORM && block.thread < 2 * HEAD_DIM) s.norm[block.thread] = norm;
     if (sync_threads_or<THREADS>(!arrived)) return false;
     mark(block, layer, MARK_ATTENTION_IN);
-    for (int v = block.warp(); v < item.heads() + item.end - item.fresh; v += WARPS) {
-        const int i = opaque(v - item.heads());  // registers are short
-        const bool is_query = i < 0;
-        HeadVector vector;
-        vector.load(is_query ? s.query + v * HEAD_DIM : s.key + i * HEAD_DIM);
-        vector.norm_and_rotate(is_query ? s.norm : s.norm + HEAD_DIM,
-                               angles_of(block, is_query ? item.row : item.fresh_row + i));
-        if (is_query) {
-            vector.round(s.query_bf16 + v * QUERY_STRIDE, [](int d) { return d; });
-            continue;
-        }
-        Vectors::put_key(vector, s.key_vector + i * VECTOR_BYTES, item.fresh + i);
-        vector.load(s.value + i * HEAD_DIM);
-        Vectors::put_value(vector, s.value_vector + i * VECTOR_BYTES, item.fresh + i);
-    }
-    sync_threads<THREADS>();
     return true;
 }
 
@@ -104,52 +118,214 @@ __device__ __forceinline__ void append_to_cache(const Block& block, const Item& 
 
 // ---- a warp's tile of positions ----
 
-// Where the vector of `position` lies: in a slot that begins with position `first`, or, if the cache did not
-// hold it when it was fetched, among the pass's own rows in `fresh`.
-__device__ __forceinline__ const uint8_t* vector_at(const Item& item, const uint8_t* slot, int first,
-                                                    const uint8_t* fresh, int position) {
-    const bool own = position >= item.fresh && position < item.end;
-    return own ? fresh + (position - item.fresh) * VECTOR_BYTES : slot + (position - first) * VECTOR_BYTES;
-}
+// The slots of a warp's tile in its stream, of its keys and then of its values, run by run.
+class TileSlots {
+  public:
+    __device__ TileSlots(Block& block, const Item& item) : block_(block), item_(item) { locate(); }
 
-// score[run][c] = q . k / sqrt(HEAD_DIM) * log2(e) of head lane / 4 and the run's position 2 (lane % 4) + c,
-// or MASKED.
-__device__ __forceinline__ void score_tile(Block& block, const Item& item, float (&score)[TILE_RUNS][2]) {
-    const int t = block.lane() % 4, g = block.lane() / 4;
-    const int first = item.tile_begin(block.warp()), positions = item.tile_positions(block.warp());
-    uint4 query[HEAD_DIM_PAD / 32];
-#pragma unroll
-    for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
-        query[j] = Vectors::load_query(block.attention()->query_bf16 + g * QUERY_STRIDE, j);
+    // What follows from the warp's number is not kept where registers are short.
+    __device__ void locate() {
+        first_ = item_.tile_begin(block_.warp()), positions_ = item_.tile_positions(block_.warp());
     }
-    const uint8_t* slot = nullptr;
-    for (int run = 0; run < TILE_RUNS; ++run) score[run][0] = score[run][1] = MASKED;
-#pragma unroll
-    for (int run = 0; run < TILE_RUNS; ++run) {
+
+    // Whether the cache has room for the run's positions, some of which the row sees.
+    __device__ bool has(int run) const { return run * KV_RUN / KV_SLOT * KV_SLOT < positions_; }
+    // The run's first position.
+    __device__ int first(int run) const { return first_ + run * KV_RUN; }
+    // Whether the cache did not hold `position` when the slots were fetched; in general: one of the tile's.
+    __device__ bool is_fresh(int position) const { return position >= item_.fresh && position < item_.end; }
+    __device__ bool has_fresh() const { return item_.fresh < first_ + KV_TILE && item_.end > first_; }
+    // Where a vector of the pass's own rows lies in `fresh`.
+    __device__ const uint8_t* fresh(int position, const uint8_t* fresh) const {
+        return fresh + (position - item_.fresh) * VECTOR_BYTES;
+    }
+
+    // Where the stream has the vector of the run's position number `in_run`. has(run), in ascending order.
+    __device__ const uint8_t* vector(int run, int in_run) {
         const int in_slot = run * KV_RUN % KV_SLOT;
-        if (run * KV_RUN / KV_SLOT * KV_SLOT >= positions) break;
-        if (in_slot == 0) slot = block.stream.wait();
-        const int own = first + run * KV_RUN + g % KV_RUN;
-        const uint8_t* key =
-            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->key_vector, own);
-        float dots[2][4] = {};  // two sums, which do not wait for each other
+        if (in_slot == 0) slot_ = block_.stream.wait();
+        return slot_ + (in_slot + in_run) * VECTOR_BYTES;
+    }
+    // `read`: a number that needs all that the lane has read of the run, which nobody reads again.
+    __device__ void leave(int run, uint32_t read) {
+        read_ ^= read;
+        const bool last = (run + 1) * KV_RUN % KV_SLOT == 0 || run + 1 == TILE_RUNS;
+        if (last) block_.stream.release(__uint_as_float(read_));
+    }
+
+  private:
+    Block& block_;
+    const Item& item_;
+    int first_, positions_;
+    const uint8_t* slot_ = nullptr;
+    uint32_t read_ = 0;
+};
+
+// The keys of some runs as operands, in registers, and what a product with them is worth.
+class Keys {
+  public:
+    static constexpr int RUNS = min_of(TILE_RUNS, max_of(1, 16 * KV_BITS / HEAD_DIM_PAD));
+
+    // Those of the runs from `begin` on, as the cache has them: the pass's own may be still to come.
+    __device__ void read(const Block& block, TileSlots& slots, int begin) {
+        const int t = block.lane() % 4, g = block.lane() / 4 % KV_RUN;
+#pragma unroll
+        for (int i = 0; i < RUNS; ++i) {
+            if (!slots.has(begin + i)) {
+                clear(i);
+                continue;
+            }
+            const uint32_t read = load(i, slots.vector(begin + i, g), t, slots.first(begin + i) + g);
+            slots.leave(begin + i, read);
+        }
+    }
+
+    // Reads the pass's own, which `fresh` holds now.
+    __device__ void read_fresh(const Block& block, const TileSlots& slots, int begin, const uint8_t* fresh) {
+        if (!slots.has_fresh()) return;
+        const int t = block.lane() % 4, g = block.lane() / 4 % KV_RUN;
+#pragma unroll
+        for (int i = 0; i < RUNS; ++i) {
+            const int own = slots.first(begin + i) + g;
+            if (slots.is_fresh(own)) load(i, slots.fresh(own, fresh), t, own);
+        }
+    }
+
+    // dots[i][0] + dots[i][1] = the query of head g, if it exists, times the keys of run i.
+    __device__ void multiply(const uint16_t* query, bool exists, float (&dots)[RUNS][2][4]) const {
 #pragma unroll
         for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
-            const uint4 k = Vectors::load_key(key, t, j, own);
-            const uint32_t low[4] = {query[j].x, 0, query[j].y, 0}, high[4] = {query[j].z, 0, query[j].w, 0};
-            mma_16x8x16(dots[0], low, k.x, k.y);
-            mma_16x8x16(dots[1], high, k.z, k.w);
+            uint4 first = make_uint4(0, 0, 0, 0), second = first;
+            if (exists) {
+                first = *reinterpret_cast<const uint4*>(query + 64 * j);
+                second = *reinterpret_cast<const uint4*>(query + 64 * j + 8);
+            }
+            const uint32_t low[4] = {first.x, first.y, first.z, first.w};
+            const uint32_t high[4] = {second.x, second.y, second.z, second.w};
+#pragma unroll
+            for (int i = 0; i < RUNS; ++i) {
+                mma_16x8x16(dots[i][0], low, operand_[i][j].x, operand_[i][j].y);
+                mma_16x8x16(dots[i][1], high, operand_[i][j].z, operand_[i][j].w);
+            }
         }
-        float scales[2], found[2];
-        Vectors::key_scales(key, scales);
-        for (int c = 0; c < 2; ++c) {
-            const int position = first + run * KV_RUN + 2 * t + c;
-            const bool visible = 2 * t + c < KV_RUN && position >= item.begin && position < item.end;
-            found[c] = (dots[0][c] + dots[1][c]) * scales[c];
-            if (visible) score[run][c] = found[c];
-        }
-        if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS) block.stream.release(found[0] + found[1]);
     }
+
+    __device__ void scales(int i, float (&scales)[2]) const { Vectors::of_columns(scale_[i], scales); }
+
+  private:
+    __device__ void clear(int i) {
+        for (uint4& four : operand_[i]) four = make_uint4(0, 0, 0, 0);
+        scale_[i] = 0.0f;
+    }
+    __device__ uint32_t load(int i, const uint8_t* vector, int t, int position) {
+        uint32_t read = 0;
+#pragma unroll
+        for (int j = 0; j < HEAD_DIM_PAD / 32; ++j) {
+            operand_[i][j] = Vectors::load_key(vector, t, j, position);
+            read ^= operand_[i][j].x ^ operand_[i][j].z;
+        }
+        scale_[i] = Vectors::key_scale(vector);
+        return read ^ __float_as_uint(scale_[i]);
+    }
+
+    uint4 operand_[RUNS][HEAD_DIM_PAD / 32];
+    float scale_[RUNS];
+};
+
+// The values of some runs, in registers.
+class Values {
+  public:
+    static constexpr int RUNS = min_of(TILE_RUNS, max_of(1, 16 / HEAD_DIM_TILES));
+
+    // Those of the runs from `begin` on.
+    __device__ void read(const Block& block, TileSlots& slots, int begin, const uint8_t* fresh) {
+        const int octet = block.lane() / 8;  // gives the rows of its own 16 bytes of each four
+#pragma unroll
+        for (int i = 0; i < RUNS; ++i) {
+            if (!slots.has(begin + i)) {
+                clear(i);
+                continue;
+            }
+            const int in_run = block.lane() % KV_RUN, own = slots.first(begin + i) + in_run;
+            const uint8_t* value = slots.vector(begin + i, in_run);
+            if (slots.is_fresh(own)) value = slots.fresh(own, fresh);
+            Vectors::value_scales(value, scales_[i]);
+            uint32_t read = __float_as_uint(scales_[i][0]);
+#pragma unroll
+            for (int load = 0; load < VALUE_LOADS; load += 2) {
+                uint32_t four[4];
+                load_transposed(four, Vectors::value_piece(value, 2 * load + octet, own));
+                loaded_[i][load][0] = four[0], loaded_[i][load][1] = four[1];
+                if (load + 1 < VALUE_LOADS)
+                    loaded_[i][load + 1][0] = four[2], loaded_[i][load + 1][1] = four[3];
+                read ^= four[0];
+            }
+            slots.leave(begin + i, read);
+        }
+    }
+
+    // out[m] += the values times their probabilities, see weigh_values().
+    __device__ void weigh(const Block& block, const Item& item, const TileSlots& slots, int begin,
+                          const uint32_t (&p)[TILE_RUNS], float (&out)[HEAD_DIM_TILES][4]) const {
+        const int t = block.lane() % 4;
+#pragma unroll
+        for (int i = 0; i < RUNS; ++i) {
+            const int position = slots.first(begin + i) + 2 * t;
+            const uint32_t seen =
+                seen_pair(2 * t < KV_RUN && position >= item.begin && position < item.end,
+                          2 * t + 1 < KV_RUN && position + 1 >= item.begin && position + 1 < item.end);
+            const uint32_t weights = Vectors::weigh(p[begin + i], seen, scales_[i]);
+#pragma unroll
+            for (int m = 0; m < HEAD_DIM_TILES; ++m) {
+                uint32_t a[2];
+                Vectors::value_tile(loaded_[i][m / Vectors::LOAD_TILES], m % Vectors::LOAD_TILES, seen, a);
+                mma_16x8x8(out[m], a, weights);
+            }
+        }
+    }
+
+  private:
+    __device__ void clear(int i) {
+        for (uint32_t (&load)[2] : loaded_[i]) load[0] = load[1] = 0;
+        scales_[i][0] = scales_[i][1] = 0.0f;
+    }
+
+    uint32_t loaded_[RUNS][VALUE_LOADS][2];
+    float scales_[RUNS][2];
+};
+
+// score[run][c] = q . k / sqrt(HEAD_DIM) * log2(e) of head lane / 4 and the run's position 2 (lane % 4) + c,
+// or MASKED. `keys` has the first runs', read ahead; `values` gets those of the first runs.
+__device__ __forceinline__ void score_tile(Block& block, const Item& item, TileSlots& slots, Keys& keys,
+                                           Values& values, float (&score)[TILE_RUNS][2]) {
+    AttentionScratch& s = *block.attention();
+    const int t = block.lane() % 4, g = block.lane() / 4;
+#pragma unroll
+    for (int begin = 0; begin < TILE_RUNS; begin += Keys::RUNS) {
+        if (begin > 0) keys.read(block, slots, begin);
+        keys.read_fresh(block, slots, begin, s.key_vector);
+        float dots[Keys::RUNS][2][4] = {};  // two sums, which do not wait for each other
+        keys.multiply(s.query_bf16 + g * QUERY_STRIDE + 16 * t, g < item.heads(), dots);
+        if (begin + Keys::RUNS >= TILE_RUNS) {  // meanwhile
+            block.stream.refill();
+            values.read(block, slots, 0, s.value_vector);
+        }
+#pragma unroll
+        for (int i = 0; i < Keys::RUNS; ++i) {
+            float scales[2];
+            keys.scales(i, scales);
+            for (int c = 0; c < 2; ++c) {
+                const int position = slots.first(begin + i) + 2 * t + c;
+                const bool visible = 2 * t + c < KV_RUN && position >= item.begin && position < item.end;
+                if (visible) score[begin + i][c] = (dots[i][0][c] + dots[i][1][c]) * scales[c];
+            }
+        }
+    }
+}
+
+// All warps have left the maxima of their tiles.
+__device__ __forceinline__ void await_maxima() {
+    sync_threads<THREADS>();
 }
 
 // Turns the scores of all warps' tiles into probabilities relative to the block of positions' maximum,
@@ -163,7 +339,7 @@ __device__ __forceinline__ void softmax_tile(Block& block, const Item& item,
     top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
     if (block.lane() % 4 == 0) s.tile_max[head * WARPS + block.warp()] = top;
-    sync_threads<THREADS>();
+    await_maxima();
     for (int tile = 0; tile < WARPS; tile += 4) {
         const float4 four = *reinterpret_cast<const float4*>(s.tile_max + head * WARPS + tile);
         top = fmaxf(fmaxf(top, fmaxf(four.x, four.y)), fmaxf(four.z, four.w));
@@ -177,92 +353,108 @@ __device__ __forceinline__ void softmax_tile(Block& block, const Item& item,
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     if (block.lane() % 4 == 0) s.tile_sum[head * WARPS + block.warp()] = sum;
-    if (block.warp() == 0 && block.lane() % 4 == 0 && head < item.heads()) s.max[head] = top;
+    if (block.warp() == item.first_tile() && block.lane() % 4 == 0 && head < item.heads()) s.max[head] = top;
 }
 
-// A float that is made of all of `out`.
-__device__ __forceinline__ float sum_of(const float (&out)[HEAD_DIM_TILES][4]) {
-    float sum = 0.0f;
-    for (int m = 0; m < HEAD_DIM_TILES; ++m) sum += out[m][0];
-    return sum;
+// What a warp without a tile does meanwhile.
+__device__ __forceinline__ void leave_nothing(const Block& block) {
+    AttentionScratch& s = *block.attention();
+    if (block.lane() < TILE_HEADS) {
+        s.tile_max[block.lane() * WARPS + block.warp()] = MASKED;
+        s.tile_sum[block.lane() * WARPS + block.warp()] = 0.0f;
+    }
+    await_maxima();
 }
 
 // out[m] += v . p: of tile m of 16 dimensions those of half 0 (elements 0, 1) and half 1 (2, 3), see
-// vectors.cuh, of heads 2 (lane % 4) and the next.
-__device__ __forceinline__ void weigh_values(Block& block, const Item& item, const uint32_t (&p)[TILE_RUNS],
+// vectors.cuh, of heads 2 (lane % 4) and the next. `values` has the first runs'.
+__device__ __forceinline__ void weigh_values(Block& block, const Item& item, TileSlots& slots, Values& values,
+                                             const uint32_t (&p)[TILE_RUNS],
                                              float (&out)[HEAD_DIM_TILES][4]) {
-    const int t = block.lane() % 4;
-    const int first = item.tile_begin(block.warp()), positions = item.tile_positions(block.warp());
-    const uint8_t* slot = nullptr;
 #pragma unroll
-    for (int run = 0; run < TILE_RUNS; ++run) {
-        const int in_slot = run * KV_RUN % KV_SLOT;
-        if (run * KV_RUN / KV_SLOT * KV_SLOT >= positions) break;
-        if (in_slot == 0) slot = block.stream.wait();
-        const int position = first + run * KV_RUN + 2 * t;
-        const uint32_t seen =
-            seen_pair(2 * t < KV_RUN && position >= item.begin && position < item.end,
-                      2 * t + 1 < KV_RUN && position + 1 >= item.begin && position + 1 < item.end);
-        const int half = block.lane() / 8 % 2;  // lanes 8 to 15 give the other half of a load's rows
-        const int own = first + run * KV_RUN + block.lane() % KV_RUN;
-        const uint8_t* value =
-            vector_at(item, slot, first + run * KV_RUN - in_slot, block.attention()->value_vector, own);
-        float scales[2];
-        Vectors::value_scales(value, scales);
-        const uint32_t weights = Vectors::weigh(p[run], seen, scales);
-        uint32_t loaded[VALUE_LOADS][2];
-#pragma unroll
-        for (int i = 0; i < VALUE_LOADS; ++i) {
-            load_transposed(loaded[i], Vectors::value_piece(value, 2 * i + half, own));
-        }
-#pragma unroll
-        for (int m = 0; m < HEAD_DIM_TILES; ++m) {
-            uint32_t a[2];
-            Vectors::value_tile(loaded[m / Vectors::LOAD_TILES], m % Vectors::LOAD_TILES, seen, a);
-            mma_16x8x8(out[m], a, weights);
-        }
-        if (in_slot + KV_RUN == KV_SLOT || run + 1 == TILE_RUNS) block.stream.release(sum_of(out));
+    for (int begin = 0; begin < TILE_RUNS; begin += Values::RUNS) {
+        if (begin > 0) values.read(block, slots, begin, block.attention()->value_vector);
+        values.weigh(block, item, slots, begin, p, out);
     }
 }
 
-// Adds up the warps' shares in ascending order of positions: s.out[head][dimension] and s.sum[head], complete
-// when it returns. A warp takes 32 dimensions of a head. Tiles that nothing is seen of hold zeros.
-__device__ __forceinline__ void add_tiles(Block& block, const Item& item,
-                                          const float (&out)[HEAD_DIM_TILES][4]) {
-    constexpr int CHUNKS = ceil_div(SWEEP_DIMS, 32);
+// ---- the warps' shares together ----
+
+// Leaves the warp's share of the tiles of dimensions from `sweep` on where ShareSums finds it.
+__device__ __forceinline__ void leave_share(const Block& block, int heads, int sweep,
+                                            const float (&out)[HEAD_DIM_TILES][4]) {
+    const int pair = block.lane() % 4;  // of heads
+    float2* own = block.attention()->share + opaque(block.warp() * SHARE_PAIRS + pair * HEADS_SHARE +
+                                                    Vectors::first_dimension(block.lane()));
+    if (2 * pair >= heads) return;
+#pragma unroll
+    for (int m = sweep; m < min_of(sweep + SWEEP_TILES, HEAD_DIM_TILES); ++m) {
+        for (int half = 0; half < 2; ++half) {
+            own[16 * (m - sweep) + half * Vectors::HALF_STEP] =
+                make_float2(out[m][2 * half], out[m][2 * half + 1]);
+        }
+    }
+}
+
+// What the tiles' shares of dimension d of a sweep sum up to, for a pair of heads, and the probabilities of
+// one of the two, `odd` or not, in ascending order of positions.
+struct ShareSums {
+    float2 output = {0.0f, 0.0f};
+    float probability = 0.0f;
+
+    __device__ ShareSums(const AttentionScratch& s, const Item& item, int pair, int odd, int d) {
+        const int first = item.first_tile() / 4 * 4, end = item.end_tile();
+        const float2* share = s.share + first * SHARE_PAIRS + pair * HEADS_SHARE + d;
+        const float* sums = s.tile_sum + first + (2 * pair + odd) * WARPS;
+#pragma unroll 1
+        for (int tile = first; tile < end; tile += 4, share += 4 * SHARE_PAIRS, sums += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(sums);
+            float2 shares[4];
+            for (int i = 0; i < 4; ++i) shares[i] = share[i * SHARE_PAIRS];
+            for (int i = 0; i < 4; ++i) output.x += shares[i].x, output.y += shares[i].y;
+            probability = probability + four.x + four.y + four.z + four.w;
+        }
+    }
+};
+
+// Leaves the sums of a sweep in s.out[head][dimension], and those of the probabilities in s.sum[head].
+__device__ __forceinline__ void keep_sums(const Block& block, const Item& item, int sweep) {
+    constexpr int JOBS = ceil_div(SWEEP_DIMS, 32);  // of a pair of heads
     AttentionScratch& s = *block.attention();
-    const int first_head = 2 * (block.lane() % 4), heads = item.heads();
-    float* own = s.partial + opaque((block.warp() * ITEM_HEADS + first_head) * SWEEP_DIMS +
-                                    Vectors::first_dimension(block.lane()));
-#pragma unroll
-    for (int sweep = 0; sweep < HEAD_DIM_TILES; sweep += SWEEP_TILES) {
-        if (sweep > 0) sync_threads<THREADS>();
-#pragma unroll
-        for (int m = sweep; m < min_of(sweep + SWEEP_TILES, HEAD_DIM_TILES); ++m) {
-            for (int i = 0; i < 4; ++i) {
-                const int at = i % 2 * SWEEP_DIMS + 16 * (m - sweep) + i / 2 * Vectors::HALF_STEP;
-                if (first_head + i % 2 < heads) own[at] = out[m][i];
-            }
-        }
-        sync_threads<THREADS>();
-        for (int job = block.warp(); job < heads * CHUNKS; job += WARPS) {
-            const int head = job / CHUNKS, i = job % CHUNKS * 32 + block.lane();
-            if (i >= SWEEP_DIMS || sweep * TILE_ROWS + i >= HEAD_DIM) continue;
-            const int at = opaque(head * SWEEP_DIMS + i);  // that of the first tile, known once for all
-            float sum = 0.0f;
-#pragma unroll
-            for (int tile = 0; tile < WARPS; ++tile) sum += s.partial[tile * ITEM_HEADS * SWEEP_DIMS + at];
-            s.out[head * HEAD_DIM + sweep * TILE_ROWS + i] = sum;
+    const int pairs = ceil_div(item.heads(), 2), odd = block.lane() % 2;
+    for (int job = block.warp(); job < pairs * JOBS; job += WARPS) {
+        const int pair = job / JOBS, d = job % JOBS * 32 + block.lane(), k = sweep * TILE_ROWS + d;
+        if (d >= SWEEP_DIMS || k >= HEAD_DIM) continue;
+        const ShareSums sums(s, item, pair, odd, d);
+        s.out[2 * pair * HEAD_DIM + k] = sums.output.x;
+        s.out[(2 * pair + 1) * HEAD_DIM + k] = sums.output.y;
+        if (d < 2) s.sum[2 * pair + odd] = sums.probability;
+    }
+}
+
+// Publishes the finished output if there is one sweep. A warp takes 30 dimensions of a pair of heads, ten
+// packets: even lanes get the first head's elements, two at a time, odd lanes the second's.
+__device__ __forceinline__ void publish_sums(const Block& block, const Item& item, uint4* packets,
+                                             uint32_t tag) {
+    constexpr int DIMS = 30, JOBS = ceil_div(HEAD_DIM, DIMS);
+    const AttentionScratch& s = *block.attention();
+    const int pairs = ceil_div(item.heads(), 2), odd = block.lane() % 2;
+    for (int job = block.warp(); job < pairs * JOBS; job += WARPS) {
+        const int pair = job / JOBS, d = job % JOBS * DIMS + block.lane(), head = 2 * pair + odd;
+        const ShareSums sums(s, item, pair, odd, min_of(d, HEAD_DIM - 1));
+        const float2 sum = sums.output;
+        const float inverse = divide_approx(1.0f, sums.probability);
+        const float other = __shfl_xor_sync(0xffffffff, odd ? sum.x : sum.y, 1);
+        const uint32_t two = odd ? pack_bf16x2(other * inverse, sum.y * inverse)
+                                 : pack_bf16x2(sum.x * inverse, other * inverse);
+        const uint32_t first = d - odd < HEAD_DIM ? two : 0;
+        const uint32_t second = __shfl_sync(0xffffffff, first, min_of(block.lane() + 2, 31));
+        const uint32_t third = __shfl_sync(0xffffffff, first, min_of(block.lane() + 4, 31));
+        const int packet = d / 6;
+        if (block.lane() % 6 < 2 && block.lane() < DIMS && packet < HEAD_PACKETS && head < item.heads()) {
+            publish(packets + head * HEAD_PACKETS + packet, first, second, third, tag);
         }
     }
-    const int head = WARPS - 1 - block.warp();  // the last warps have the fewest dimensions
-    if (head < heads && block.lane() == 0) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int tile = 0; tile < WARPS; ++tile) sum += s.tile_sum[head * WARPS + tile];
-        s.sum[head] = sum;
-    }
-    sync_threads<THREADS>();
 }
 
 // ---- a whole item ----
@@ -293,20 +485,20 @@ __device__ __forceinline__ void publish_partial(const AttentionScratch& s, int h
     publish(packets + packet_index, words[0], words[1], words[2], tag);
 }
 
-// Publishes what add_tiles() left: the heads' shares of partial softmaxes or, if the item is the `whole`,
-// attention's finished output.
-__device__ __forceinline__ void publish_item(const Block& block, const Item& item,
-                                             const LayerPackets& packets, bool whole, uint32_t tag) {
+// Publishes what keep_sums() left: the heads' shares of partial softmaxes or, if the item is the `whole`,
+// attention's finished output, among `packets`.
+__device__ __forceinline__ void publish_item(const Block& block, const Item& item, uint4* packets, bool whole,
+                                             uint32_t tag) {
     const AttentionScratch& s = *block.attention();
-    const int row_head = item.row * NUM_HEADS + item.first_head;
     if (whole) {
         for (int i = block.thread; i < item.heads() * HEAD_PACKETS; i += THREADS) {
             const int head = i / HEAD_PACKETS;
             publish_head(s.out + head * HEAD_DIM, divide_approx(1.0f, s.sum[head]), i % HEAD_PACKETS,
-                         packets.attention() + (row_head + head) * HEAD_PACKETS, tag);
+                         packets + head * HEAD_PACKETS, tag);
         }
         return;
     }
+    const int row_head = item.row * NUM_HEADS + item.first_head;
     for (int i = block.thread; i < item.heads() * PARTIAL_PACKETS; i += THREADS) {
         const int head = i / PARTIAL_PACKETS;
         uint4* partials =
@@ -316,23 +508,62 @@ __device__ __forceinline__ void publish_item(const Block& block, const Item& ite
     }
 }
 
-// Works on one item from its vectors to what it publishes.
+// What a warp does of an item whose positions its tile has: its share of the output.
+__device__ __forceinline__ void weigh_tile(Block& block, const Item& item, TileSlots& slots, Keys& keys,
+                                           float (&out)[HEAD_DIM_TILES][4]) {
+    Values values;
+    float score[TILE_RUNS][2];
+    for (int run = 0; run < TILE_RUNS; ++run) score[run][0] = score[run][1] = MASKED;
+    score_tile(block, item, slots, keys, values, score);
+    block.locate();
+    slots.locate();
+    uint32_t p[TILE_RUNS];
+    softmax_tile(block, item, score, p);
+    weigh_values(block, item, slots, values, p, out);
+}
+
+// Works on one item from its vectors to what it publishes. What the cache has is read before the pass's own
+// vectors come.
 __device__ __forceinline__ bool attend(Block& block, const Item& item, int layer, const LayerPackets& packets,
                                        bool whole, uint32_t tag, int where) {
-    if (!load_item(block, item, layer, packets.qkv(), tag, where)) return false;
-    float score[TILE_RUNS][2], out[HEAD_DIM_TILES][4] = {};
-    uint32_t p[TILE_RUNS];
-    score_tile(block, item, score);
+    TileSlots slots(block, item);
+    Keys keys;
+    keys.read(block, slots, 0);
     block.stream.refill();
+    if (!load_vectors(block, item, layer, packets.qkv(), tag, where)) return false;
     block.locate();
-    softmax_tile(block, item, score, p);
-    weigh_values(block, item, p, out);
-    add_tiles(block, item, out);
+    slots.locate();
+    float out[HEAD_DIM_TILES][4] = {};
+    const bool sees = slots.has(0);
+    if (sees) {
+        weigh_tile(block, item, slots, keys, out);
+    } else {
+        leave_nothing(block);
+    }
+    // Shares are added four at a time: the tiles that make up the fours leave zeros.
+    const bool fills =
+        block.warp() >= item.first_tile() / 4 * 4 && block.warp() < round_up(item.end_tile(), 4);
+    uint4* output = packets.attention() + (item.row * NUM_HEADS + item.first_head) * HEAD_PACKETS;
+    constexpr bool ONE_SWEEP = SWEEP_TILES == HEAD_DIM_TILES;
+#pragma unroll
+    for (int sweep = 0; sweep < HEAD_DIM_TILES; sweep += SWEEP_TILES) {
+        if (sweep > 0) sync_threads<THREADS>();
+        if (fills) leave_share(block, item.heads(), sweep, out);
+        sync_threads<THREADS>();
+        if (!ONE_SWEEP || !whole) keep_sums(block, item, sweep);
+    }
+    if (ONE_SWEEP && whole) {
+        publish_sums(block, item, output, tag);
+    } else {
+        sync_threads<THREADS>();
+        block.locate();
+        publish_item(block, item, output, whole, tag);
+    }
     block.locate();
-    publish_item(block, item, packets, whole, tag);
     append_to_cache(block, item, layer);
     block.stream.refill();
     sync_threads<THREADS>();
+    block.locate();
     return true;
 }
 
@@ -362,8 +593,9 @@ __device__ __forceinline__ bool merge_splits(Block& block, int row_head, int fir
     MergeScratch& s = *block.merge();
     const uint4* partials =
         partial_packets(block.args.exchange) + static_cast<uint64_t>(row_head) * MAX_SPLITS * PARTIAL_PACKETS;
-    bool arrived = receive<MAX_SPLITS>(
-        block, splits, tag, where, [&](int split) { return partials + split * PARTIAL_PACKETS; },
+    bool arrived = receive_some<1>(
+        block.args, block.thread, THREADS, splits, tag, where,
+        [&](int split) { return partials + split * PARTIAL_PACKETS; },
         [&](int split, const uint4& packet) {
             s.max[split] = __uint_as_float(packet.x);
             s.sum[split] = __uint_as_float(packet.y);

@@ -62,27 +62,30 @@ struct ActivationScales {
 };
 
 // ---- attention's scratch, which lies over the activations: they are dead while it is used ----
-constexpr int QUERY_STRIDE = HEAD_DIM_PAD % 64 == 0 ? HEAD_DIM_PAD + 32 : HEAD_DIM_PAD;
+// A query's pairs of bf16 and as much between them, see query_place(). Rows lie 16 bytes off a multiple of
+// 128: two rows' pieces, which a quarter warp reads at once, fall into different banks.
+constexpr int QUERY_STRIDE = 2 * HEAD_DIM_PAD + 8;
 constexpr int TILE_HEADS = 8;  // columns of an mma
 // Tiles of 16 dimensions whose sums over positions are in shared memory at a time.
 constexpr int SWEEP_TILES =
     min_of(HEAD_DIM_TILES, max_of(1, (SHARED_LIMIT > 128 * 1024 ? 512 : 256) / (ITEM_HEADS * TILE_ROWS)));
 constexpr int SWEEP_DIMS = SWEEP_TILES * TILE_ROWS;
 
+// Pairs of floats: of a warp's share of an item's output what two heads' takes, so that lanes with different
+// heads meet different banks, and all of it. Before, a vector lies there and the weights of its norm.
+constexpr int HEADS_SHARE = SWEEP_DIMS + 8;
+constexpr int SHARE_PAIRS = max_of(ceil_div(ITEM_HEADS, 2) * HEADS_SHARE, HEAD_DIM);
+
 struct AttentionScratch {
-    float query[ITEM_HEADS * HEAD_DIM];
-    float key[ROWS * HEAD_DIM];    // of this pass's rows
-    float value[ROWS * HEAD_DIM];  // the same
-    float norm[2 * HEAD_DIM];      // weights of q's and of k's norm
     alignas(16) uint16_t query_bf16[TILE_HEADS * QUERY_STRIDE];
-    alignas(16) uint8_t key_vector[ROWS * VECTOR_BYTES];         // as in the cache
-    alignas(16) uint8_t value_vector[ROWS * VECTOR_BYTES];       // the same
-    alignas(16) float tile_max[TILE_HEADS * WARPS];              // [head][tile of positions]
-    float tile_sum[TILE_HEADS * WARPS];                          // the same
-    alignas(16) float partial[WARPS * ITEM_HEADS * SWEEP_DIMS];  // [tile of positions][head][dimension]
-    float out[ITEM_HEADS * HEAD_DIM];
+    alignas(16) uint8_t key_vector[ROWS * VECTOR_BYTES];    // as in the cache
+    alignas(16) uint8_t value_vector[ROWS * VECTOR_BYTES];  // the same
+    alignas(16) float tile_max[TILE_HEADS * WARPS];         // [head][tile of positions]
+    alignas(16) float tile_sum[TILE_HEADS * WARPS];         // the same
+    alignas(16) float2 share[WARPS * SHARE_PAIRS];          // [warp][pair of heads][dimension]
+    float out[round_up(ITEM_HEADS, 2) * HEAD_DIM];
     float max[ITEM_HEADS];
-    float sum[ITEM_HEADS];
+    float sum[round_up(ITEM_HEADS, 2)];
 };
 
 constexpr int MAX_RUNS = ceil_div(MAX_SPLITS, MERGE_RUN) + 1;

@@ -252,7 +252,7 @@ class AttentionUnit {
             mma_16x8x16(dots[1], high, k.z, k.w);
         }
         float scales[2];
-        Vectors::key_scales(keys + own * VECTOR_BYTES, scales);
+        Vectors::of_columns(Vectors::key_scale(keys + own * VECTOR_BYTES), scales);
 #pragma unroll
         for (int set = 0; set < QUERY_SETS; ++set) {
             for (int c = 0; c < 2; ++c) {

@@ -181,20 +181,6 @@ __device__ __forceinline__ bool await_packet(const Block& block, const uint4* pa
     }
 }
 
-// The same for `count` packets, MOST at most, shared out among the block's threads. Where a thread has
-// several, its warp asks for the first alone until it is there: a grid that asks for all of them again and
-// again keeps the L2 too busy to deliver them.
-template <int MOST, class At, class Take>
-__device__ __forceinline__ bool receive(const Block& block, int count, uint32_t tag, int where, At at,
-                                        Take take) {
-    constexpr int SHARE = ceil_div(MOST, THREADS);  // of a thread
-    constexpr int BATCH = ceil_div(SHARE, ceil_div(SHARE, RECEIVE_BATCH));
-    if (BATCH > 1 && block.warp() * 32 < count && !await_packet(block, at(block.warp() * 32), tag, where)) {
-        return false;
-    }
-    return receive_some<BATCH>(block.args, block.thread, THREADS, count, tag, where, at, take);
-}
-
 // ---- what the host must know of a build ----
 
 // Read from the loaded module.

@@ -53,6 +53,9 @@ struct Item {
     __device__ int kv_head() const { return first_head / HEADS_PER_KV; }
     __device__ int heads() const { return min_of(ITEM_HEADS, (kv_head() + 1) * HEADS_PER_KV - first_head); }
     __device__ int tile_begin(int warp) const { return begin / KV_BLOCK * KV_BLOCK + warp * KV_TILE; }
+    // The tiles that the row sees any of: first_tile() <= tile < end_tile().
+    __device__ int first_tile() const { return static_cast<uint32_t>(begin) % KV_BLOCK / KV_TILE; }
+    __device__ int end_tile() const { return static_cast<uint32_t>(end - 1) % KV_BLOCK / KV_TILE + 1; }
     // How many positions of warp `warp`'s tile exist; 0 if the row sees none of them.
     __device__ int tile_positions(int warp) const {
         const int first = tile_begin(warp);

@@ -75,6 +75,14 @@ __device__ __forceinline__ void load_transposed(uint32_t (&d)[2], const void* sh
                  : "memory");
 }
 
+// Four of them: lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_transposed(uint32_t (&d)[4], const void* shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(shared_address(shared))
+                 : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit elements: lane i gives the address (16-byte aligned) of row i % 8 of matrix i
 // / 8; lane 4g + t receives of each the elements of row g in columns 2t (low) and 2t + 1.
 __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* shared) {

@@ -6,7 +6,9 @@
 // load_query(), load_key(): the lane's operands for dimensions 32 j .. 32 j + 31, in two steps of 16 (x and
 //   y, z and w), in an order of k of the format's own; load_key() takes the vector of position g, and t from
 //   where registers are short: what follows from threadIdx itself is kept over a whole layer;
-// key_scales(): what a product of the two is worth, for the keys of positions 2 t and 2 t + 1;
+// order_of(): of dimension d, where it stands among all that the lanes t = 0, 1, ... give for j = 0, 1, ...;
+// key_scale(): what a product of the two is worth; of_columns(): of what the lanes have for positions g, that
+//   for positions 2 t and 2 t + 1;
 // value_piece(): where 16 bytes of a value are that the lane gives to load_transposed();
 // value_tile(): A operand of 16 dimensions by 8 positions, of LOAD_TILES that one load brings; row g of half
 //   h is dimension first_dimension(lane) + h HALF_STEP of the tile;
@@ -40,6 +42,7 @@ struct VectorFormat<16> {
                      [=](int d) { return rotated(d / 8, position, VALUE_ROTATION) * 8 + d % 8; });
     }
 
+    static __device__ int order_of(int d) { return d; }
     static __device__ uint4 load_query(const uint16_t* query, int j) {
         const int d = 32 * j + 8 * (threadIdx.x % 4);
         if (HEAD_DIM % 32 != 0 && d >= HEAD_DIM) return make_uint4(0, 0, 0, 0);
@@ -50,9 +53,8 @@ struct VectorFormat<16> {
         if (HEAD_DIM % 32 != 0 && piece >= HEAD_DIM / 8) return make_uint4(0, 0, 0, 0);
         return *reinterpret_cast<const uint4*>(key + 16 * rotated(piece, turn, KEY_ROTATION));
     }
-    static __device__ void key_scales(const uint8_t*, float (&scales)[2]) {
-        scales[0] = scales[1] = SCORE_SCALE;
-    }
+    static __device__ float key_scale(const uint8_t*) { return SCORE_SCALE; }
+    static __device__ void of_columns(float, float (&scales)[2]) { scales[0] = scales[1] = SCORE_SCALE; }
 
     static __device__ const uint8_t* value_piece(const uint8_t* value, int i, int turn) {
         return value +
@@ -91,6 +93,9 @@ struct VectorFormat<8> {
         vector.quantize(target, reinterpret_cast<float*>(target + HEAD_DIM));
     }
 
+    static __device__ int order_of(int d) {
+        return d / 32 * 32 + d % 16 / 4 * 8 + d % 32 / 16 * 4 + d % 2 * 2 + d % 4 / 2;
+    }
     static __device__ uint4 load_query(const uint16_t* query, int j) {
         uint4 q = make_uint4(0, 0, 0, 0);
         const int d = 32 * j + 4 * (threadIdx.x % 4);
@@ -112,8 +117,8 @@ struct VectorFormat<8> {
         if (32 * j + 16 < HEAD_DIM) widen(*reinterpret_cast<const uint32_t*>(four + 16), k.z, k.w);
         return k;
     }
-    static __device__ void key_scales(const uint8_t* key, float (&scales)[2]) {
-        const float own = scale(key) * SCORE_SCALE;
+    static __device__ float key_scale(const uint8_t* key) { return scale(key) * SCORE_SCALE; }
+    static __device__ void of_columns(float own, float (&scales)[2]) {
         for (int c = 0; c < 2; ++c) scales[c] = __shfl_sync(0xffffffff, own, 4 * column(c));
     }
 

@@ -26,7 +26,7 @@ from sim.mutations import (
     vote_change,
 )
 from sim_cases import DEEP, LARGE_SHARED_LIMIT, MAX_SEQ_LEN, Case, case_tokens, make_packer
-from sim_passes import BULK, COPY, INT8_KV_BUILD, deep_logits, lost_hand_overs, lost_packets
+from sim_passes import BULK, COPY, INT8_KV_BUILD, deep_logits, fill_cache, lost_hand_overs, lost_packets
 
 from ffmini.errors import GenerationError
 from ffmini.packing import PackedModel
@@ -51,6 +51,7 @@ PASS = functools.partial(Edit, "ffmini.cu")
 INPUT = functools.partial(Edit, "input.cuh")
 BLOCK = functools.partial(Edit, "block.cuh")
 ACTIVATIONS = functools.partial(Edit, "activations.cuh")
+ATTENTION = functools.partial(Edit, "attention.cuh")
 # Builds besides BULK and COPY.
 ONE_ROW, WHOLE, OWN_TURNS, OWN_ROWS = "one row", "whole tiles", "turns of segments", "rows of a segment"
 ONE_WHOLE = "whole tiles of one row"
@@ -126,8 +127,12 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "no fetch over the border of an item": (
         COPY,
         [
-            Edit("attention.cuh", "block.stream.refill()", "void()", f"{before};\n    block.stream.refill()")
-            for before in ("score_tile(block, item, score)", "append_to_cache(block, item, layer)")
+            ATTENTION("block.stream.refill()", "void()", within)
+            for within in (
+                "keys.read(block, slots, 0);\n    block.stream.refill()",
+                "block.stream.refill();\n            values.read",
+                "append_to_cache(block, item, layer);\n    block.stream.refill()",
+            )
         ],
     ),
     # The exchange.
@@ -159,7 +164,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "tag without the pass": (BULK, [EXCHANGE("args.pass * (NUM_LAYERS + 1)", "(NUM_LAYERS + 1)")]),
     "partials of all splits in one place": (
         BULK,
-        [Edit("attention.cuh", "item.split", "0", "MAX_SPLITS + item.split")],
+        [ATTENTION("item.split", "0", "MAX_SPLITS + item.split")],
     ),
     # Parts of an input, which blocks share out: who has which,
     "groups of the same size": (
@@ -453,8 +458,28 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "the scale not appended": (
         INT8_KV_BUILD,
-        [Edit("attention.cuh", "i < VECTOR_DATA", "i < HEAD_DIM")],
+        [ATTENTION("i < VECTOR_DATA", "i < HEAD_DIM")],
     ),
+    # Attention.
+    "a key from the cache that has just come": (
+        BULK,
+        [ATTENTION("slots.is_fresh(own)", "false", "if (slots.is_fresh(own)) load")],
+    ),
+    "a value from the cache that has just come": (
+        BULK,
+        [ATTENTION("slots.is_fresh(own)", "false", "if (slots.is_fresh(own)) value")],
+    ),
+    "the first of the pass's own rows for all": (BULK, [ATTENTION("position - item_.fresh", "0")]),
+    "the keys as values": (BULK, [ATTENTION("kind == KEY ? 0 : NUM_KV_HEADS", "0")]),
+    "the first half of a value twice": (BULK, [ATTENTION("2 * load + octet", "2 * load + octet % 2")]),
+    "no zeros that make up fours": (BULK, [ATTENTION("round_up(item.end_tile(), 4)", "item.end_tile()")]),
+    "a sum of a warp without a tile": (
+        BULK,
+        [ATTENTION("0.0f", "1.0f", "s.tile_sum[block.lane() * WARPS + block.warp()] = 0.0f")],
+    ),
+    "four tiles for all": (BULK, [ATTENTION("tile < end", "tile < first + 4")]),
+    "one head's probabilities for two": (BULK, [ATTENTION("(2 * pair + odd) * WARPS", "2 * pair * WARPS")]),
+    "the other head's output": (ONE_ROW, [ATTENTION("odd ? sum.x : sum.y", "odd ? sum.y : sum.x")]),
 }
 # The same where a wait gives up.
 LEAVING: dict[str, tuple[str, list[Edit]]] = {
@@ -693,6 +718,7 @@ class OneRow(Mutable):
     def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
         """And the squares of the residual stream: roundings to bf16 hide the last bits of its sums."""
         yield deep_logits(decoder, self.tokens[:1], 1)
+        yield decoder.forward(self.tokens[:1], 70, "all")  # one block of positions: nothing is merged
         yield decoder.stages()[-1]["hidden_squares"]
 
 
@@ -826,7 +852,13 @@ COVERED = {  # together these run every line
             32,
             rows=8,
             blocks=1,
-            changes={"hidden_size": 528, "head_dim": 80, "intermediate_size": 400},
+            changes={
+                "hidden_size": 528,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 1,
+                "head_dim": 80,
+                "intermediate_size": 400,
+            },
         ),
     ),
     "tied bf16, given up": (COPY, Case("smollm2", "bf16", rows=2, blocks=2)),
@@ -855,6 +887,8 @@ def run_all(decoder: SimDecoder, tokens: np.ndarray, gives_up: bool) -> None:
     decoder.finish_rows(np.ones((1, decoder.config.hidden_size), np.float32))
     if decoder.rows > 1:
         decoder.launch([Work(1, tokens[:1], 0, ()), Work(0, tokens[1:2], DEEP, ())], [0])
+    fill_cache(decoder, MAX_SEQ_LEN - 1)
+    decoder.launch([Work(0, tokens[:1], MAX_SEQ_LEN - 1, ())], [0])  # the cache ends within a tile
     decoder.listed(tokens, 0, [3, 7], {0: 1.0}, append=True)
     mailbox = decoder.next_mail(int(tokens[0]), append=True)
     decoder.listed(tokens[:1], 0, [3, 7], {0: 1.0}, mailbox=mailbox)

@@ -99,25 +99,26 @@ inline void mma_16x8x8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, SIM_SI
     mma_16x8x16(d, wide, b, 0, file, line);
 }
 
-inline void load_transposed(uint32_t (&d)[2], const void* shared, SIM_SITE) {
+template <int MATRICES>
+inline void load_transposed(uint32_t (&d)[MATRICES], const void* shared, SIM_SITE) {
     sim::Lane& lane = sim::machine.lane();
     memcpy(lane.operand, &shared, sizeof shared);
     sim::machine.meet(sim::ALL_LANES, {"load_transposed", file, line}, [](sim::Warp& warp) {
-        uint16_t rows[2][8][8];  // [matrix][row][column]
-        for (int l = 0; l < 16; ++l) {
+        uint16_t rows[MATRICES][8][8];  // [matrix][row][column]
+        for (int l = 0; l < 8 * MATRICES; ++l) {
             const void* row;
             memcpy(&row, warp.lanes[l]->operand, sizeof row);
             memcpy(rows[l / 8][l % 8], row, 16);
         }
         for (int l = 0; l < sim::WARP_LANES; ++l) {
-            for (int m = 0; m < 2; ++m) {
+            for (int m = 0; m < MATRICES; ++m) {
                 const int row = 2 * (l % 4), column = l / 4;
                 warp.lanes[l]->result[m] =
                     rows[m][row][column] | static_cast<uint32_t>(rows[m][row + 1][column]) << 16;
             }
         }
     });
-    memcpy(d, lane.result, 8);
+    memcpy(d, lane.result, 4 * MATRICES);
 }
 
 inline void load_matrices(uint32_t (&d)[4], const void* shared, SIM_SITE) {
