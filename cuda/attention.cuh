@@ -64,7 +64,7 @@ __device__ __forceinline__ int query_place(int d) {
 __device__ __forceinline__ bool load_vectors(Block& block, const Item& item, int layer, const uint4* qkv,
                                              uint32_t tag, int where) {
     AttentionScratch& s = *block.attention();
-    const float* vectors = block.args.vectors + static_cast<uint64_t>(layer) * VECTORS_SIZE;
+    const float* vectors = layer_vectors(block.args, layer);
     float* vector = reinterpret_cast<float*>(s.share + block.warp() * SHARE_PAIRS);
     float* norm = vector + HEAD_DIM;
     bool arrived = true;
@@ -165,6 +165,7 @@ class TileSlots {
 class Keys {
   public:
     static constexpr int RUNS = min_of(TILE_RUNS, max_of(1, 16 * KV_BITS / HEAD_DIM_PAD));
+    static_assert(TILE_RUNS % RUNS == 0, "a tile is not of whole groups of runs");
 
     // Those of the runs from `begin` on, as the cache has them: the pass's own may be still to come.
     __device__ void read(const Block& block, TileSlots& slots, int begin) {
@@ -236,6 +237,7 @@ class Keys {
 class Values {
   public:
     static constexpr int RUNS = min_of(TILE_RUNS, max_of(1, 16 / HEAD_DIM_TILES));
+    static_assert(TILE_RUNS % RUNS == 0, "a tile is not of whole groups of runs");
 
     // Those of the runs from `begin` on.
     __device__ void read(const Block& block, TileSlots& slots, int begin, const uint8_t* fresh) {

@@ -71,13 +71,14 @@ constexpr int SWEEP_TILES =
     min_of(HEAD_DIM_TILES, max_of(1, (SHARED_LIMIT > 128 * 1024 ? 512 : 256) / (ITEM_HEADS * TILE_ROWS)));
 constexpr int SWEEP_DIMS = SWEEP_TILES * TILE_ROWS;
 
-// Pairs of floats: of a warp's share of an item's output what two heads' takes, so that lanes with different
-// heads meet different banks, and all of it. Before, a vector lies there and the weights of its norm.
+// Pairs of floats: of a warp's share of an item's output what two heads' takes, so that the lanes of two
+// pairs of heads meet different banks, and all of it. Before, a vector lies there and the weights of its
+// norm.
 constexpr int HEADS_SHARE = SWEEP_DIMS + 8;
 constexpr int SHARE_PAIRS = max_of(ceil_div(ITEM_HEADS, 2) * HEADS_SHARE, HEAD_DIM);
 
 struct AttentionScratch {
-    alignas(16) uint16_t query_bf16[TILE_HEADS * QUERY_STRIDE];
+    alignas(16) uint16_t query_bf16[ITEM_HEADS * QUERY_STRIDE];
     alignas(16) uint8_t key_vector[ROWS * VECTOR_BYTES];    // as in the cache
     alignas(16) uint8_t value_vector[ROWS * VECTOR_BYTES];  // the same
     alignas(16) float tile_max[TILE_HEADS * WARPS];         // [head][tile of positions]

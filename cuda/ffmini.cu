@@ -441,6 +441,7 @@ __device__ __forceinline__ bool norm_lm_head(Block& block) {
 __device__ __forceinline__ bool run_pass(Block& block) {
     const PassArgs& args = block.args;
     look_up_angles(block);
+    sync_threads<THREADS>();
     if (!embed(block)) return false;
 #pragma unroll 1
     for (int layer = first_layer(args); layer < NUM_LAYERS; ++layer) {

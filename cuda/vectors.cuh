@@ -7,6 +7,7 @@
 //   y, z and w), in an order of k of the format's own; load_key() takes the vector of position g, and t from
 //   where registers are short: what follows from threadIdx itself is kept over a whole layer;
 // order_of(): of dimension d, where it stands among all that the lanes t = 0, 1, ... give for j = 0, 1, ...;
+//   passes lay their queries out by it, chunks read them with load_query();
 // key_scale(): what a product of the two is worth; of_columns(): of what the lanes have for positions g, that
 //   for positions 2 t and 2 t + 1;
 // value_piece(): where 16 bytes of a value are that the lane gives to load_transposed();
@@ -65,7 +66,7 @@ struct VectorFormat<16> {
     }
     static constexpr int HALF_STEP = 8;
     static __device__ int first_dimension(int lane) { return lane / 4; }
-    static __device__ void value_scales(const uint8_t*, float (&)[2]) {}
+    static __device__ void value_scales(const uint8_t*, float (&scales)[2]) { scales[0] = scales[1] = 1.0f; }
     static __device__ uint32_t weigh(uint32_t p, uint32_t, const float (&)[2]) { return p; }
 
     static __device__ void order_pairs(uint32_t (&)[2]) {}

@@ -508,6 +508,8 @@ UNSEEN = [
     ("activations.cuh", "warp_max(largest_bits(pairs_[i]));\n"),
     # fetch() has one before it starts copies, wait() has one before the cursor is looked at again.
     ("stream.cuh", "if (!all_have(result)) return;\n"),
+    # Blocks that have a tile of qkv_proj meet there before attention rotates anything; here all have one.
+    ("ffmini.cu", "look_up_angles(block);\n"),
 ]
 
 

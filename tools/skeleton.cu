@@ -71,14 +71,19 @@ __device__ __forceinline__ void send(const Block& block, uint4* packets, int own
 }
 
 // Receives all COUNT packets of an exchange and leaves a word of each in shared memory. False, in all
-// threads, if a wait gave up.
+// threads, if a wait gave up. Where a thread has several, its warp waits for the first alone, as in the
+// kernel.
 template <Exchange KIND, int COUNT>
 __device__ __forceinline__ bool gather(const Block& block, const uint4* packets, uint32_t tag, int where) {
     if (KIND >= EXCHANGES) return true;
     uint32_t* words = reinterpret_cast<uint32_t*>(block.memory);
-    const bool arrived = receive<COUNT>(
-        block, COUNT, tag, where, [&](int index) { return packets + index; },
-        [&](int index, const uint4& packet) { words[index] = packet.x; });
+    constexpr int SHARE = ceil_div(COUNT, THREADS), BATCH = ceil_div(SHARE, ceil_div(SHARE, RECEIVE_BATCH));
+    const int first = block.warp() * 32;
+    const bool begins = BATCH == 1 || first >= COUNT || await_packet(block, packets + first, tag, where);
+    const bool arrived = begins && receive_some<BATCH>(
+                                       block.args, block.thread, THREADS, COUNT, tag, where,
+                                       [&](int index) { return packets + index; },
+                                       [&](int index, const uint4& packet) { words[index] = packet.x; });
     return !sync_threads_or<THREADS>(!arrived);
 }
 
