@@ -239,6 +239,10 @@ class Values {
     static constexpr int RUNS = min_of(TILE_RUNS, max_of(1, 16 / HEAD_DIM_TILES));
     static_assert(TILE_RUNS % RUNS == 0, "a tile is not of whole groups of runs");
 
+    __device__ void clear() {
+        for (int i = 0; i < RUNS; ++i) clear(i);
+    }
+
     // Those of the runs from `begin` on.
     __device__ void read(const Block& block, TileSlots& slots, int begin, const uint8_t* fresh) {
         const int octet = block.lane() / 8;  // gives the rows of its own 16 bytes of each four
@@ -325,23 +329,26 @@ __device__ __forceinline__ void score_tile(Block& block, const Item& item, TileS
     }
 }
 
-// All warps have left the maxima of their tiles.
-__device__ __forceinline__ void await_maxima() {
-    sync_threads<THREADS>();
-}
-
-// Turns the scores of all warps' tiles into probabilities relative to the block of positions' maximum,
-// rounded to bf16: p[run] holds a pair of positions of head lane / 4. Leaves every tile's sum in tile_sum.
-__device__ __forceinline__ void softmax_tile(Block& block, const Item& item,
-                                             const float (&score)[TILE_RUNS][2], uint32_t (&p)[TILE_RUNS]) {
+// Leaves the greatest score of the warp's tile, and that it has no probabilities yet: if it has no position
+// they are none.
+__device__ __forceinline__ void leave_maximum(const Block& block, const float (&score)[TILE_RUNS][2]) {
     AttentionScratch& s = *block.attention();
-    const int head = block.lane() / 4;
     float top = MASKED;
     for (int run = 0; run < TILE_RUNS; ++run) top = fmaxf(top, fmaxf(score[run][0], score[run][1]));
     top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
-    if (block.lane() % 4 == 0) s.tile_max[head * WARPS + block.warp()] = top;
-    await_maxima();
+    if (block.lane() % 4 != 0) return;
+    s.tile_max[block.lane() / 4 * WARPS + block.warp()] = top;
+    s.tile_sum[block.lane() / 4 * WARPS + block.warp()] = 0.0f;
+}
+
+// Turns the scores of a tile into probabilities relative to the maximum of all warps' tiles, rounded to bf16:
+// p[run] holds a pair of positions of head lane / 4. Leaves their sum in tile_sum.
+__device__ __forceinline__ void softmax_tile(const Block& block, const Item& item,
+                                             const float (&score)[TILE_RUNS][2], uint32_t (&p)[TILE_RUNS]) {
+    AttentionScratch& s = *block.attention();
+    const int head = block.lane() / 4;
+    float top = MASKED;
     for (int tile = 0; tile < WARPS; tile += 4) {
         const float4 four = *reinterpret_cast<const float4*>(s.tile_max + head * WARPS + tile);
         top = fmaxf(fmaxf(top, fmaxf(four.x, four.y)), fmaxf(four.z, four.w));
@@ -356,16 +363,6 @@ __device__ __forceinline__ void softmax_tile(Block& block, const Item& item,
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     if (block.lane() % 4 == 0) s.tile_sum[head * WARPS + block.warp()] = sum;
     if (block.warp() == item.first_tile() && block.lane() % 4 == 0 && head < item.heads()) s.max[head] = top;
-}
-
-// What a warp without a tile does meanwhile.
-__device__ __forceinline__ void leave_nothing(const Block& block) {
-    AttentionScratch& s = *block.attention();
-    if (block.lane() < TILE_HEADS) {
-        s.tile_max[block.lane() * WARPS + block.warp()] = MASKED;
-        s.tile_sum[block.lane() * WARPS + block.warp()] = 0.0f;
-    }
-    await_maxima();
 }
 
 // out[m] += v . p: of tile m of 16 dimensions those of half 0 (elements 0, 1) and half 1 (2, 3), see
@@ -510,20 +507,6 @@ __device__ __forceinline__ void publish_item(const Block& block, const Item& ite
     }
 }
 
-// What a warp does of an item whose positions its tile has: its share of the output.
-__device__ __forceinline__ void weigh_tile(Block& block, const Item& item, TileSlots& slots, Keys& keys,
-                                           float (&out)[HEAD_DIM_TILES][4]) {
-    Values values;
-    float score[TILE_RUNS][2];
-    for (int run = 0; run < TILE_RUNS; ++run) score[run][0] = score[run][1] = MASKED;
-    score_tile(block, item, slots, keys, values, score);
-    block.locate();
-    slots.locate();
-    uint32_t p[TILE_RUNS];
-    softmax_tile(block, item, score, p);
-    weigh_values(block, item, slots, values, p, out);
-}
-
 // Works on one item from its vectors to what it publishes. What the cache has is read before the pass's own
 // vectors come.
 __device__ __forceinline__ bool attend(Block& block, const Item& item, int layer, const LayerPackets& packets,
@@ -535,12 +518,23 @@ __device__ __forceinline__ bool attend(Block& block, const Item& item, int layer
     if (!load_vectors(block, item, layer, packets.qkv(), tag, where)) return false;
     block.locate();
     slots.locate();
-    float out[HEAD_DIM_TILES][4] = {};
-    const bool sees = slots.has(0);
-    if (sees) {
-        weigh_tile(block, item, slots, keys, out);
+    Values values;
+    float score[TILE_RUNS][2];
+    for (int run = 0; run < TILE_RUNS; ++run) score[run][0] = score[run][1] = MASKED;
+    if (slots.has(0)) {
+        score_tile(block, item, slots, keys, values, score);
     } else {
-        leave_nothing(block);
+        values.clear();
+    }
+    leave_maximum(block, score);
+    sync_threads<THREADS>();
+    block.locate();
+    slots.locate();
+    float out[HEAD_DIM_TILES][4] = {};
+    if (slots.has(0)) {
+        uint32_t p[TILE_RUNS];
+        softmax_tile(block, item, score, p);
+        weigh_values(block, item, slots, values, p, out);
     }
     // Shares are added four at a time: the tiles that make up the fours leave zeros.
     const bool fills =

@@ -224,7 +224,7 @@ __device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>
             };
             if (!products.run(block, arrived, no_sum, publish_product)) return false;
         } while (products.next_part(block));
-        return add_parts<M>(block, start(), partial, tag, where);
+        return add_parts<M>(block, start(), partial, tag, opaque(where));
     }
 }
 
@@ -387,7 +387,7 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     if (!DownProj::SPLIT && block.residual_tiles() == 0) return true;
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
-    const int where = where_of(layer, STAGE_DOWN);
+    const int where = opaque(where_of(layer, STAGE_DOWN));
     const NextNorm<DownProj> next(block, next_input_norm(block.args, layer));
     Products<DownProj> products(block, STAGE_DOWN);
     const auto receive = [&](int part) {

@@ -254,7 +254,8 @@ def test_a_hopeless_wait_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     args["pass"], args["num_rows"], args["logits_rows"] = decoder._next_pass(), 2, 0
     decoder._builds[8].launch(gpu.import_cupy(), np.array([args.ctypes.data], np.uint64))
     decoder.launch(8, prompt, 0, 0)  # a good pass behind it hides nothing
-    with pytest.raises(GenerationError, match=r"gave up after 0\.2 s: layer 0"):
+    # Blocks without a tile wait in a later layer, as long.
+    with pytest.raises(GenerationError, match=r"gave up after 0\.2 s: layer \d, "):
         decoder.finish(0)
     assert np.array_equal(decoder.forward(prompt, 0), expected)
     decoder.close()

@@ -475,7 +475,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "no zeros that make up fours": (BULK, [ATTENTION("round_up(item.end_tile(), 4)", "item.end_tile()")]),
     "a sum of a warp without a tile": (
         BULK,
-        [ATTENTION("0.0f", "1.0f", "s.tile_sum[block.lane() * WARPS + block.warp()] = 0.0f")],
+        [ATTENTION("0.0f", "1.0f", "s.tile_sum[block.lane() / 4 * WARPS + block.warp()] = 0.0f")],
     ),
     "four tiles for all": (BULK, [ATTENTION("tile < end", "tile < first + 4")]),
     "one head's probabilities for two": (BULK, [ATTENTION("(2 * pair + odd) * WARPS", "2 * pair * WARPS")]),
