@@ -132,7 +132,8 @@ class TileSlots {
     __device__ bool has(int run) const { return run * KV_RUN / KV_SLOT * KV_SLOT < positions_; }
     // The run's first position.
     __device__ int first(int run) const { return first_ + run * KV_RUN; }
-    // Whether the cache did not hold `position` when the slots were fetched; in general: one of the tile's.
+    // Whether `position` is of the pass's own rows: the cache did not hold it when the slots were fetched.
+    // Whether any of the tile's is.
     __device__ bool is_fresh(int position) const { return position >= item_.fresh && position < item_.end; }
     __device__ bool has_fresh() const { return item_.fresh < first_ + KV_TILE && item_.end > first_; }
     // Where a vector of the pass's own rows lies in `fresh`.
@@ -329,8 +330,8 @@ __device__ __forceinline__ void score_tile(Block& block, const Item& item, TileS
     }
 }
 
-// Leaves the greatest score of the warp's tile, and that it has no probabilities yet: if it has no position
-// they are none.
+// Leaves the greatest score of the warp's tile, and a sum of probabilities for a tile without positions;
+// softmax_tile() leaves that of the others.
 __device__ __forceinline__ void leave_maximum(const Block& block, const float (&score)[TILE_RUNS][2]) {
     AttentionScratch& s = *block.attention();
     float top = MASKED;
