@@ -70,7 +70,7 @@ PEAK_BYTES = 4 << 30  # on a GPU
 PEAK_CHUNK, PEAK_THREADS = 16384, 512  # as in cuda/read_peak.cu
 CPU_PEAK_BYTES = 512 << 20
 PEAK_REPETITIONS = 10
-RANDOM_ROWS = 257 * TILE_ROWS  # rows of a random matrix that differ; then they repeat
+RANDOM_ROWS = 257 * TILE_ROWS  # of a random matrix; more are made of these. 257 is a prime
 FILLED_POSITIONS = 4096  # of a cache at a time
 QUEUED_PASSES = 200  # on a GPU; the CPU, which nothing is queued for, makes fewer
 CPU_PASSES = 128
@@ -88,7 +88,8 @@ def random_model(config: ModelConfig, format: str, seed: int = SEED) -> PackedMo
     """A model of the shape `config` with random weights, packed without a checkpoint.
 
     Weights are sized as in a fresh model, so that activations stay near 1. All layers are one object, rows
-    repeat, and bf16 embeddings share lm_head's memory: a host with 2 GiB to spare makes the 8B shape.
+    are made of pieces of others, and bf16 embeddings share lm_head's memory: a host with 2 GiB to spare makes
+    the 8B shape.
     Raises ValueError unless intermediate_size is a multiple of 8.
     """
     if config.intermediate_size % 8:
@@ -124,12 +125,20 @@ def _random_vector(length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _random_matrix(layout: MatrixLayout, rng: np.random.Generator) -> np.ndarray:
-    """Packed random weights (uint8 [layout.nbytes]) of standard deviation 1 / sqrt(cols)."""
+    """Packed random weights (uint8 [layout.nbytes]) of standard deviation 1 / sqrt(cols).
+
+    Rows beyond the first RANDOM_ROWS are made of slots of these. No two rows have more than one slot in
+    common: a text's logits differ too, and the pass that sorts them takes longer where they do not.
+    """
     packed = np.empty(layout.nbytes, np.uint8)
     rows = min(RANDOM_ROWS, layout.rows)
     block = _pack_random(rows, layout, rng)
     whole = layout.rows // rows * block.size
-    packed[:whole].reshape(-1, block.size)[:] = block
+    tiles = block.reshape(-1, layout.tile_bytes)
+    for i, copy in enumerate(packed[:whole].reshape(-1, *tiles.shape)):
+        for slot in range(layout.slots):
+            place = slice(slot * layout.slot_bytes, (slot + 1) * layout.slot_bytes)  # the last may be shorter
+            copy[:, place] = np.roll(tiles[:, place], i * slot, axis=0)
     if whole < packed.size:
         packed[whole:] = _pack_random(layout.rows % rows, layout, rng)
     return packed

@@ -30,7 +30,7 @@ class Candidates(NamedTuple):  # made for every token: a tuple is made in a frac
     """What a pass says of one row; "others" are the tokens that were not queried."""
 
     queried: np.ndarray  # float32 [n]: the logits of the query's token_ids
-    ids: np.ndarray  # int64 [m]: the first m of the others by descending logit, of equals the lower id first
+    ids: np.ndarray  # integers [m]: the first of the others by descending logit, of equals the lower id first
     logits: np.ndarray  # float32 [m]: theirs
     complete: bool  # ids holds all others
     total: float  # sum over all others of exp((logit - logits[0]) * inverse_temperature); 0 if there are none

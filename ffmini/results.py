@@ -6,6 +6,7 @@ The other end of cuda/candidates.cuh. Whoever owns the memory decides how it is 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -35,7 +36,8 @@ class RowResults:
         if self._header[3] != number:
             return False
         end = 1 + num_queried + self._header[0]
-        return np.count_nonzero(self._tags[:end] == number) == end
+        # Bytes: they are copied and compared in half the time that NumPy takes to compare.
+        return self._tags[:end].tobytes() == number.to_bytes(4, sys.byteorder) * end
 
     def assemble(self, num_queried: int, fetch: Callable[[], np.ndarray]) -> Candidates:
         """What the packets say, once they are there. NaN stays NaN."""
@@ -45,15 +47,9 @@ class RowResults:
         if num_queried:
             queried = self._values[1:split].copy()
             finite = np.count_nonzero(np.isfinite(queried)) == num_queried
-        return Candidates(
-            queried=queried,
-            ids=self._ids[split:end].astype(np.int64),
-            logits=self._values[split:end].copy(),
-            complete=self._header[1] != 0,
-            total=total,
-            fetch=fetch,
-            finite=finite and math.isfinite(total),
-        )
+        ids, logits = self._ids[split:end].copy(), self._values[split:end].copy()
+        complete, finite = self._header[1] != 0, finite and math.isfinite(total)
+        return Candidates(queried, ids, logits, complete, total, fetch, finite)
 
 
 class HostMemory:

@@ -80,21 +80,26 @@ def rank(candidates: Candidates, ids: np.ndarray, scores: np.ndarray, wanted: in
     return Ranking(ids[order], scores[order], complete)
 
 
-def weigh(scores: np.ndarray, top: np.float32, inverse_temperature: np.float32) -> np.ndarray:
-    """Unnormalised probabilities (float64 [n]) of `scores` [n]; one equal to `top` has 1."""
+def weigh(scores: np.ndarray, top: np.float32, inverse_temperature: np.ndarray) -> np.ndarray:
+    """Unnormalised probabilities (float64 [n]) of `scores` [n]; one equal to `top` has 1.
+
+    `inverse_temperature` [] is a float64 with the value of the Query's float32. An array: of a number NumPy
+    first makes one, which takes longer than to weigh a few scores.
+    """
     weights = scores.astype(np.float64)
-    weights -= float(top)  # in place: for a whole vocabulary fresh memory costs more than the arithmetic
-    weights *= float(inverse_temperature)  # that of a float32, which is what the decoder's normaliser has
-    return np.exp(weights, out=weights)
+    weights -= np.array(float(top))  # in place: for a whole vocabulary fresh memory costs more than all else
+    weights *= inverse_temperature
+    return np.exp(weights, weights)
 
 
 def survivors(
-    ranking: Ranking, options: GenerationOptions, inverse_temperature: np.float32, total: float
+    ranking: Ranking, options: GenerationOptions, inverse_temperature: np.ndarray, total: float
 ) -> np.ndarray | None:
     """What top_k, top_p and min_p leave: running sums (float64 [n]) of the first n tokens' weights.
 
-    `total` is the weight of the whole vocabulary, the most likely token having 1; top_p needs it where
-    top_k is 0. None if the ranking is not long enough to tell; it is if it is complete, or
+    `inverse_temperature`: see weigh(). `total` is the weight of the whole vocabulary, the most likely token
+    having 1; top_p needs it where top_k is 0.
+    None if the ranking is not long enough to tell; it is if it is complete, or
     - for top_k, if it has so many tokens;
     - for top_p, if their weight reaches top_p of the total, which after top_k is the sum over the k tokens;
     - for min_p, if its last token has less than that.
@@ -230,6 +235,7 @@ class Sampler:
         if options.temperature > 0:
             # So large that it is as good as greedy, and still a float32 when it is multiplied by log2 e.
             self._inverse_temperature = np.float32(min(1 / options.temperature, MAX_INVERSE_TEMPERATURE))
+        self._scale = np.array(float(self._inverse_temperature))  # for weigh()
         self._truncates = options.top_k > 0 or options.top_p < 1 or options.min_p > 0
         self._needs_total = options.top_k == 0 and options.top_p < 1
         self._update_query()
@@ -317,7 +323,7 @@ class Sampler:
             return self._draw_any(scores, top, uniform)
         total = 0.0
         if self._needs_total and altered is None:
-            total = float(weigh(scores, top, self._inverse_temperature).sum())
+            total = float(weigh(scores, top, self._scale).sum())
         elif self._needs_total:
             total = self._total(candidates, altered, top)
         count, token = self._options.top_k or _FIRST_RANKED, None
@@ -329,7 +335,7 @@ class Sampler:
 
     def _pick(self, ranking: Ranking, total: float, uniform: float) -> int | None:
         """The token drawn from the survivors; None if the ranking is not long enough."""
-        reached = survivors(ranking, self._options, self._inverse_temperature, total)
+        reached = survivors(ranking, self._options, self._scale, total)
         return None if reached is None else int(ranking.ids[draw(reached, uniform)])
 
     def _from_all(self, candidates: Candidates, altered: np.ndarray, uniform: float) -> int:
@@ -342,13 +348,13 @@ class Sampler:
 
     def _draw_any(self, scores: np.ndarray, top: np.float32, uniform: float) -> int:
         """The token drawn from all of `scores` [vocab_size], the highest of which is `top`."""
-        return draw(np.add.accumulate(weigh(scores, top, self._inverse_temperature)), uniform)
+        return draw(np.add.accumulate(weigh(scores, top, self._scale)), uniform)
 
     def _total(self, candidates: Candidates, altered: np.ndarray, top: np.float32) -> float:
         """The weight of the whole vocabulary: of the others as the decoder says, and of `altered`."""
-        total = float(weigh(altered, top, self._inverse_temperature).sum())
+        total = float(weigh(altered, top, self._scale).sum())
         if len(candidates.logits):
-            total += candidates.total * float(weigh(candidates.logits[:1], top, self._inverse_temperature)[0])
+            total += candidates.total * float(weigh(candidates.logits[:1], top, self._scale)[0])
         return total
 
     def _logprobs(self, scores: np.ndarray | None, token: int) -> TokenLogprobs | None:

@@ -164,6 +164,14 @@ def test_random_weights_are_like_a_fresh_model(format, family):
     assert 0.3 < logits.std() < 3
 
 
+@pytest.mark.parametrize("format", ["bf16", "int8"])
+def test_random_rows_differ(format):
+    config = config_of(tiny_config("llama2", hidden_size=320, intermediate_size=176, vocab_size=9001))
+    packed = random_model(config, format)
+    weights = unpack_matrix(packed.lm_head, packed.layouts["lm_head"])
+    assert len(np.unique(weights, axis=0)) == len(weights) == 9001
+
+
 def test_random_weights_come_from_the_seed():
     config = config_of(TINY)
     first, again, other = (random_model(config, "int4", seed) for seed in (1, 1, 2))

@@ -44,7 +44,7 @@ def cut(candidates, length, fetch=None):
 def distribution(scores, **options):
     """What temperature, top_k, top_p and min_p leave of all `scores`: ascending ids and their weights."""
     options = GenerationOptions(**options)
-    inverse = np.float32(1 / options.temperature)
+    inverse = np.array(np.float32(1 / options.temperature), np.float64)
     order = largest(scores, len(scores))
     total = weigh(scores, scores.max(), inverse).sum()
     reached = survivors(Ranking(order, scores[order], True), options, inverse, total)
