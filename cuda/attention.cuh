@@ -345,7 +345,7 @@ __device__ __forceinline__ void leave_maximum(const Block& block, const float (&
 
 // Turns the scores of a tile into probabilities relative to the maximum of all warps' tiles, rounded to bf16:
 // p[run] holds a pair of positions of head lane / 4. Leaves their sum in tile_sum.
-__device__ __forceinline__ void softmax_tile(const Block& block, const Item& item,
+__device__ __forceinline__ void softmax_tile(const Block& block, const Item& item, const TileSlots& slots,
                                              const float (&score)[TILE_RUNS][2], uint32_t (&p)[TILE_RUNS]) {
     AttentionScratch& s = *block.attention();
     const int head = block.lane() / 4;
@@ -363,7 +363,8 @@ __device__ __forceinline__ void softmax_tile(const Block& block, const Item& ite
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     if (block.lane() % 4 == 0) s.tile_sum[head * WARPS + block.warp()] = sum;
-    if (block.warp() == item.first_tile() && block.lane() % 4 == 0 && head < item.heads()) s.max[head] = top;
+    const bool is_first = slots.first(0) <= item.begin;  // of the warps with positions that the row sees
+    if (is_first && block.lane() % 4 == 0 && head < item.heads()) s.max[head] = top;
 }
 
 // out[m] += v . p: of tile m of 16 dimensions those of half 0 (elements 0, 1) and half 1 (2, 3), see
@@ -534,7 +535,7 @@ __device__ __forceinline__ bool attend(Block& block, const Item& item, int layer
     float out[HEAD_DIM_TILES][4] = {};
     if (slots.has(0)) {
         uint32_t p[TILE_RUNS];
-        softmax_tile(block, item, score, p);
+        softmax_tile(block, item, slots, score, p);
         weigh_values(block, item, slots, values, p, out);
     }
     // Shares are added four at a time: the tiles that make up the fours leave zeros.

@@ -199,20 +199,20 @@ __device__ __forceinline__ bool add_parts(Block& block, const ResidualUpdate& up
 }
 
 // Adds M's product of the block's activations, which receive(part) brings, to the residual, or publishes its
-// share of it for those whose tiles it concerns, among the packets `partial`, [ROWS][PARTS][tiles]. start()
-// gives the ResidualUpdate, when it is needed.
-template <class M, class Start, class Receive>
-__device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>& products, Start start,
+// share of it for those whose tiles it concerns, among the packets `partial`, [ROWS][PARTS][tiles].
+// update() gives the ResidualUpdate, when it is needed.
+template <class M, class Update, class Receive>
+__device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>& products, Update update,
                                                        uint4* partial, uint32_t tag, int where,
                                                        Receive receive) {
     if constexpr (!M::SPLIT) {
         const bool arrived = receive(0);
         return products.run(
             block, arrived,
-            [&](int own_tile, int row, bool valid) { return start().before(block, own_tile, row, valid); },
+            [&](int own_tile, int row, bool valid) { return update().before(block, own_tile, row, valid); },
             [&](int own_tile, int, int row, float x, bool valid) {
                 const int own = own_tile * TILE_ROWS + block.thread % TILE_ROWS;
-                start().finish(block, own_tile, row, x, block.shared()->next_norm[own], valid);
+                update().finish(block, own_tile, row, x, block.shared()->next_norm[own], valid);
             });
     } else {
         do {
@@ -224,7 +224,7 @@ __device__ __forceinline__ bool multiply_into_residual(Block& block, Products<M>
             };
             if (!products.run(block, arrived, no_sum, publish_product)) return false;
         } while (products.next_part(block));
-        return add_parts<M>(block, start(), partial, tag, opaque(where));
+        return add_parts<M>(block, update(), partial, tag, opaque(where));
     }
 }
 
@@ -327,13 +327,13 @@ __device__ __forceinline__ bool o_proj(Block& block, int layer) {
         mark(block, layer, MARK_O_IN);
         return arrived;
     };
-    const auto start = [&] {
+    const auto update = [&] {
         const int here = opaque(layer);  // what follows from it is not kept while units are multiplied
         const float* own = layer_vectors(block.args, here);
         return ResidualUpdate{O_BIAS ? own + O_BIAS_OFFSET : nullptr, own + POST_ATTENTION_LAYERNORM_OFFSET,
                               LayerPackets(block.args.exchange, here).mid_hidden(), tag};
     };
-    if (!multiply_into_residual(block, products, start, o_product_packets(block.args.exchange), tag, where,
+    if (!multiply_into_residual(block, products, update, o_product_packets(block.args.exchange), tag, where,
                                 receive)) {
         return false;
     }
@@ -396,15 +396,15 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
         mark(block, layer, MARK_DOWN_IN);
         return arrived;
     };
-    const auto start = [&] {
+    const auto update = [&] {
         const int here = opaque(layer);
         return ResidualUpdate{MLP_BIAS ? layer_vectors(block.args, here) + DOWN_BIAS_OFFSET : nullptr,
                               next_input_norm(block.args, here),
                               LayerPackets(block.args.exchange, here).next_hidden(),
                               tag_of(block.args, here + 1)};
     };
-    if (!multiply_into_residual(block, products, start, down_product_packets(block.args.exchange), tag, where,
-                                receive)) {
+    if (!multiply_into_residual(block, products, update, down_product_packets(block.args.exchange), tag,
+                                where, receive)) {
         return false;
     }
     mark(block, layer, MARK_DOWN);

@@ -230,12 +230,12 @@ class Unit<M, true> {
 // ---- all units of a stage ----
 
 // How many slots of its next unit a warp takes from the ring before it needs them, into registers: so much
-// more is fetched while it waits for its input. Two; where registers are short one of bf16, unless blocks
-// have several tiles of the residual stream, and none of int8. None of int4, by which small models lose and
-// large ones win next to nothing, and none with more than four groups.
+// more is fetched while it waits for its input. Two of bf16, and of int8 where registers are not short and a
+// slot has no more than four groups. None of int4, by which small models lose and large ones win next to
+// nothing.
 constexpr bool SPARE_REGISTERS = ROWS == 1 && (!BULK_COPIES || HANDS_ON_REGISTERS);
 template <class M>
-constexpr int TAKEN_SLOTS = M::BITS == 16 ? (SPARE_REGISTERS || OWN_TILES > 1 ? 2 : 1)
+constexpr int TAKEN_SLOTS = M::BITS == 16                                                  ? 2
                             : M::BITS == 8 && SPARE_REGISTERS && M::SLOT_K <= 4 * M::GROUP ? 2
                                                                                            : 0;
 
