@@ -254,15 +254,33 @@ __device__ __forceinline__ bool embed(Block& block) {
     return true;
 }
 
-// reads: the rows' positions. writes: the angles of their rotations. waits for: nothing.
-__device__ __forceinline__ void look_up_angles(Block& block) {
-    constexpr int HALF = HEAD_DIM / 2;
-    for (int i = block.thread; i < num_rows(block.args) * HALF; i += THREADS) {
-        const uint64_t at = static_cast<uint64_t>(block.args.rows[i / HALF].position) * HALF + i % HALF;
-        block.shared()->rope_cos[i] = block.args.rope_cos[at];
-        block.shared()->rope_sin[i] = block.args.rope_sin[at];
+// The angles of the rows' rotations, by their positions: asked for when the object is made, in shared memory
+// after keep() and the block's next barrier.
+class RowAngles {
+  public:
+    __device__ explicit RowAngles(const Block& block) {
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i) {
+            const int own = block.thread + i * THREADS;
+            if (own >= num_rows(block.args) * HALF) break;
+            const uint64_t at =
+                static_cast<uint64_t>(block.args.rows[own / HALF].position) * HALF + own % HALF;
+            cosine_[i] = block.args.rope_cos[at], sine_[i] = block.args.rope_sin[at];
+        }
     }
-}
+    __device__ void keep(const Block& block) const {
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i) {
+            const int own = block.thread + i * THREADS;
+            if (own >= num_rows(block.args) * HALF) break;
+            block.shared()->rope_cos[own] = cosine_[i], block.shared()->rope_sin[own] = sine_[i];
+        }
+    }
+
+  private:
+    static constexpr int HALF = HEAD_DIM / 2, PER_THREAD = ceil_div(ROWS * HALF, THREADS);
+    float cosine_[PER_THREAD] = {}, sine_[PER_THREAD] = {};
+};
 
 // reads and waits for: hidden. writes: qkv.
 __device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
@@ -440,9 +458,10 @@ __device__ __forceinline__ bool norm_lm_head(Block& block) {
 // False if a wait gave up.
 __device__ __forceinline__ bool run_pass(Block& block) {
     const PassArgs& args = block.args;
-    look_up_angles(block);
-    sync_threads<THREADS>();
+    const RowAngles angles(block);  // they come while embed() asks for its own
     if (!embed(block)) return false;
+    angles.keep(block);
+    sync_threads<THREADS>();
 #pragma unroll 1
     for (int layer = first_layer(args); layer < NUM_LAYERS; ++layer) {
         block.locate();

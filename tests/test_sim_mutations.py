@@ -105,8 +105,8 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "bytes not announced": (BULK, [STREAM(EXPECT, "mbarrier_arrive(full)")]),
     # ... and what they meet at.
-    "a full slot awaits two arrivals": (BULK, [STREAM("1", "2", "mbarrier_init(&slot.full, 1)")]),
-    "an empty slot awaits two arrivals": (BULK, [STREAM("1", "2", "mbarrier_init(&slot.empty, 1)")]),
+    "a full slot awaits two arrivals": (BULK, [STREAM("1", "2", "mbarrier_init(&own.full, 1)")]),
+    "an empty slot awaits two arrivals": (BULK, [STREAM("1", "2", "mbarrier_init(&own.empty, 1)")]),
     # The ring that each warp fills itself.
     "copy not waited for": (COPY, [STREAM("copy_async_wait<SLOTS - 1>()", "copy_async_wait<SLOTS>()")]),
     "copies never closed": (
@@ -431,6 +431,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "what one is worth in the first row": (OWN_ROWS, [ACTIVATIONS("(first + i) * PLACE_STEP", "0")]),
     # ... and what becomes of them.
     "a group's sum in another": (OWN_ROWS, [MATVEC("(64 * i + 32) / M::GROUP", "64 * i / M::GROUP")]),
+    "the first row's angles": (BULK, [PASS("block.args.rows[own / HALF]", "block.args.rows[0]")]),
     "the first row's scale": (OWN_ROWS, [PASS("(2 * block.warp() + block.lane() / 16) % ROWS", "0")]),
     "squares in another order": (OWN_ROWS, [ARITHMETIC("tile / LANES % (32 / LANES)", "0")]),
     "one place for the sums of two rounds": (OWN_ROWS, [MATVEC("OWN_TURNS * parity", "0")]),
@@ -511,7 +512,7 @@ UNSEEN = [
     # Blocks that have a tile of qkv_proj meet there before attention rotates anything. In another one a warp
     # would have to stand still, with nothing to wait for, while the grid goes through qkv_proj: no seed
     # starves one warp of one block (81 were tried where blocks have an item and no tile).
-    ("ffmini.cu", "look_up_angles(block);\n"),
+    ("ffmini.cu", "angles.keep(block);\n"),
 ]
 
 
