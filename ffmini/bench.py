@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ PEAK_BYTES = 4 << 30  # on a GPU
 PEAK_CHUNK, PEAK_THREADS = 16384, 512  # as in cuda/read_peak.cu
 CPU_PEAK_BYTES = 512 << 20
 PEAK_REPETITIONS = 10
+REST_SECONDS = 0.3  # of a GPU between repetitions
 RANDOM_ROWS = 257 * TILE_ROWS  # of a random matrix; more are made of these. 257 is a prime
 FILLED_POSITIONS = 4096  # of a cache at a time
 QUEUED_PASSES = 200  # on a GPU; the CPU, which nothing is queued for, makes fewer
@@ -342,6 +343,7 @@ class Plan:
     batch: list[int] = field(default_factory=list)  # sequences, a row of each pass for each
     guesses: int = 0  # tokens of texts that are replayed with guesses; 0: not measured
     kv_dtype: str = "bf16"
+    rest: float = 0.0  # seconds, see _repeat
 
     @property
     def passes(self) -> int:
@@ -456,6 +458,7 @@ def measure(
         "logits_error": check_logits(packed, ordinal, sorted({*rows, *batch}), plan.kv_dtype),
         "peak_bytes_per_s": read_peak(ordinal),
         "repetitions": plan.repetitions,
+        "rest": plan.rest,
         "device": device_name("cpu" if ordinal is None else f"cuda:{ordinal}"),
         "driver": None if ordinal is None else driver_version(),
         "commit": build_version(),
@@ -520,8 +523,16 @@ def _tokens(decoder: Decoder, *shape: int) -> np.ndarray:
 
 
 def _repeat(plan: Plan, run: Callable[..., float], *args: Any) -> list[float]:
-    """Seconds of each repetition of `run`, after one that does not count."""
-    return [run(*args) for _ in range(plan.repetitions + 1)][1:]
+    """Seconds of each repetition of `run`, after one that does not count.
+
+    After each the device rests for as long as it took, plan.rest seconds at most: else the figure is that of
+    its power supply, as a card at its limit lowers its clock.
+    """
+    seconds: list[float] = []
+    for _ in range(plan.repetitions + 1):
+        seconds.append(run(*args))
+        sleep(min(plan.rest, seconds[-1]))
+    return seconds[1:]
 
 
 def _time_passes(
@@ -645,7 +656,7 @@ def compare(
     nbytes = next((record.bytes for record in same), None)
     shared = ("shape", "peak_bytes_per_s", "repetitions", "device", "driver", "commit")
     common = {key: getattr(measured[0], key) for key in shared} | what
-    common |= {"over_queued": None, "over_unguessed": None, "logits_error": None}
+    common |= {"over_queued": None, "over_unguessed": None, "logits_error": None, "rest": 0.0}
     for line in done.stdout.splitlines():
         found = json.loads(line)
         other = common | {key: found[key] for key in ("engine", "versions")}
@@ -744,6 +755,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, found {text!r}")
+    return seconds
+
+
 def _shapes(text: str) -> list[str]:
     return _names(text, list(SHAPES)) if text != "all" else list(SHAPES)
 
@@ -803,6 +824,8 @@ def _add_test_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"tokens of a prompt, and of texts replayed after it with guesses of {GUESSES} (0: none)"
     parser.add_argument("--guesses", type=int, default=0, metavar="N", help=text)
     parser.add_argument("-r", "--repetitions", type=_positive, default=5, metavar="N", help="of a test (5)")
+    text = f"after each as long as it took, but no longer ({REST_SECONDS} on a GPU, 0 on the CPU)"
+    parser.add_argument("--rest", type=_seconds, metavar="SECONDS", help=text)
     text = "time transformers on each shape too, eager and compiled (needs torch, a GPU and a checkout)"
     parser.add_argument("--compare", action="store_true", help=text)
 
@@ -871,6 +894,7 @@ def _plan(args: argparse.Namespace, ordinal: int | None) -> Plan:
         sorted({count for count in args.batch if count}),
         args.guesses,
         args.kv_dtype,
+        args.rest if args.rest is not None else (REST_SECONDS if on_gpu else 0.0),
     )
     tests = plan.prompts, plan.generations, plan.rows, plan.end_to_end, plan.batch, plan.guesses
     if not any(tests):

@@ -369,6 +369,7 @@ def test_a_batch_is_queued():
         "engine",
         "logits_error",
         "repetitions",
+        "rest",
         "device",
         "driver",
         "commit",
@@ -560,6 +561,8 @@ def test_output_file_that_cannot_be_written_is_known_first(tmp_path, capsys):
         ([*QUICK, "--batch", "9"], 1, "--batch: a pass has 1 to 8 rows, found 9"),
         ([*QUICK, "--batch", "2", "--device", "cpu"], 1, "--batch: a GPU expected, found the CPU"),
         ([*QUICK, "--guesses", "1"], 1, "--guesses: expected 2 tokens or more, or 0 for none, found 1"),
+        ([*QUICK, "--rest", "soon"], 2, "--rest: expected seconds, 0 or more, found 'soon'"),
+        ([*QUICK, "--rest", "nan"], 2, "--rest: expected seconds, 0 or more, found 'nan'"),
         ([*QUICK, "--end-to-end", "1"], 1, "--end-to-end: expected 2 tokens or more, or 0 for none, found 1"),
     ],
 )
@@ -574,7 +577,17 @@ def test_wrong_arguments(capsys, argv, status, words):
 def test_default_tests_depend_on_the_device():
     args = make_parser().parse_args(["bench"])
     assert bench._plan(args, None) == Plan([512], [128], [0], 5)
-    assert bench._plan(args, 0) == Plan([512], [200], [0], 5, [], 128)
+    assert bench._plan(args, 0) == Plan([512], [200], [0], 5, [], 128, rest=0.3)
+    args = make_parser().parse_args(["bench", "--rest", "0"])
+    assert bench._plan(args, 0).rest == 0
+
+
+def test_a_rest_is_as_long_as_the_repetition_up_to_a_limit(monkeypatch):
+    rests: list[float] = []
+    monkeypatch.setattr(bench, "sleep", rests.append)
+    times = iter([0.5, 0.1, 0.2, 0.4])
+    assert bench._repeat(Plan([], [4], [0], 3, rest=0.3), lambda: next(times)) == [0.1, 0.2, 0.4]
+    assert rests == [0.3, 0.1, 0.2, 0.3]
 
 
 # ---- what the table says about its rows ----------------------------------------------------------------
@@ -594,7 +607,7 @@ def record_of(**changes: Any) -> bench.Record:
     }
     values |= {"tokens_per_s": 5000.0, "tokens_per_s_deviation": 1.0, "us_per_token": 200.0}
     values |= {"us_per_pass": 200.0, "bytes": 100_000_000, "peak_bytes_per_s": 1e12, "fraction": 0.5}
-    values |= {"logits_error": 1e-3, "repetitions": 5, "device": "d", "commit": "c"}
+    values |= {"logits_error": 1e-3, "repetitions": 5, "rest": 0.3, "device": "d", "commit": "c"}
     return bench.Record(**(values | changes))
 
 
