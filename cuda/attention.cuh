@@ -363,7 +363,7 @@ __device__ __forceinline__ void softmax_tile(const Block& block, const Item& ite
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     if (block.lane() % 4 == 0) s.tile_sum[head * WARPS + block.warp()] = sum;
-    const bool is_first = slots.first(0) <= item.begin;  // of the warps with positions that the row sees
+    const bool is_first = slots.first(0) <= item.begin;  // its tile has item.begin: it has positions
     if (is_first && block.lane() % 4 == 0 && head < item.heads()) s.max[head] = top;
 }
 

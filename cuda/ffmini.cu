@@ -458,7 +458,7 @@ __device__ __forceinline__ bool norm_lm_head(Block& block) {
 // False if a wait gave up.
 __device__ __forceinline__ bool run_pass(Block& block) {
     const PassArgs& args = block.args;
-    const RowAngles angles(block);  // they come while embed() asks for its own
+    const RowAngles angles(block);  // they come while embed() waits for a token and its embedding
     if (!embed(block)) return false;
     angles.keep(block);
     sync_threads<THREADS>();

@@ -71,7 +71,8 @@ PEAK_CHUNK, PEAK_THREADS = 16384, 512  # as in cuda/read_peak.cu
 CPU_PEAK_BYTES = 512 << 20
 PEAK_REPETITIONS = 10
 REST_SECONDS = 0.3  # of a GPU between repetitions
-RANDOM_ROWS = 257 * TILE_ROWS  # of a random matrix; more are made of these. 257 is a prime
+# Of a random matrix; more are made of these. 257 is a prime, so that no two copies agree in two slots.
+RANDOM_ROWS = 257 * TILE_ROWS
 FILLED_POSITIONS = 4096  # of a cache at a time
 QUEUED_PASSES = 200  # on a GPU; the CPU, which nothing is queued for, makes fewer
 CPU_PASSES = 128
@@ -128,8 +129,8 @@ def _random_vector(length: int, rng: np.random.Generator) -> np.ndarray:
 def _random_matrix(layout: MatrixLayout, rng: np.random.Generator) -> np.ndarray:
     """Packed random weights (uint8 [layout.nbytes]) of standard deviation 1 / sqrt(cols).
 
-    Rows beyond the first RANDOM_ROWS are made of slots of these. No two rows have more than one slot in
-    common: a text's logits differ too, and the pass that sorts them takes longer where they do not.
+    Rows beyond the first RANDOM_ROWS are made of slots of these. With 2 to 257 slots no two rows have more
+    than one in common: if many logits were equal it would take a pass longer to sort its candidates.
     """
     packed = np.empty(layout.nbytes, np.uint8)
     rows = min(RANDOM_ROWS, layout.rows)
@@ -525,8 +526,8 @@ def _tokens(decoder: Decoder, *shape: int) -> np.ndarray:
 def _repeat(plan: Plan, run: Callable[..., float], *args: Any) -> list[float]:
     """Seconds of each repetition of `run`, after one that does not count.
 
-    After each the device rests for as long as it took, plan.rest seconds at most: else the figure is that of
-    its power supply, as a card at its limit lowers its clock.
+    After each the device rests for as long as it took, plan.rest seconds at most: a card at its power limit
+    lowers its clock, and repetitions differ without a pattern.
     """
     seconds: list[float] = []
     for _ in range(plan.repetitions + 1):
@@ -648,15 +649,15 @@ def compare(
         return
     depth, passes = min(plan.depths), plan.passes
     command = [sys.executable, str(BASELINE), "--device", f"cuda:{ordinal}", "--depth", str(depth)]
-    command += ["--passes", str(passes), "--repetitions", str(plan.repetitions)]
+    command += ["--passes", str(passes), "--repetitions", str(plan.repetitions), "--rest", str(plan.rest)]
     command += ["--prompts", *map(str, plan.prompts)]
     done = subprocess.run(command, input=json.dumps(raw), capture_output=True, text=True)
     what = {"dtype": "bf16", "kv_dtype": "bf16", "test": f"tg{passes}", "depth": depth, "rows": 1}
     same = (record for record in measured if all(getattr(record, key) == what[key] for key in what))
     nbytes = next((record.bytes for record in same), None)
-    shared = ("shape", "peak_bytes_per_s", "repetitions", "device", "driver", "commit")
+    shared = ("shape", "peak_bytes_per_s", "repetitions", "rest", "device", "driver", "commit")
     common = {key: getattr(measured[0], key) for key in shared} | what
-    common |= {"over_queued": None, "over_unguessed": None, "logits_error": None, "rest": 0.0}
+    common |= {"over_queued": None, "over_unguessed": None, "logits_error": None}
     for line in done.stdout.splitlines():
         found = json.loads(line)
         other = common | {key: found[key] for key in ("engine", "versions")}
@@ -824,7 +825,7 @@ def _add_test_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"tokens of a prompt, and of texts replayed after it with guesses of {GUESSES} (0: none)"
     parser.add_argument("--guesses", type=int, default=0, metavar="N", help=text)
     parser.add_argument("-r", "--repetitions", type=_positive, default=5, metavar="N", help="of a test (5)")
-    text = f"after each as long as it took, but no longer ({REST_SECONDS} on a GPU, 0 on the CPU)"
+    text = f"after each: as long as it took, SECONDS at most ({REST_SECONDS} on a GPU, 0 on the CPU)"
     parser.add_argument("--rest", type=_seconds, metavar="SECONDS", help=text)
     text = "time transformers on each shape too, eager and compiled (needs torch, a GPU and a checkout)"
     parser.add_argument("--compare", action="store_true", help=text)

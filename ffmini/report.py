@@ -35,7 +35,7 @@ class Record:
     over_unguessed: float | None  # edit, new: its time over that of the same text without guesses
     logits_error: float | None  # see check_logits; None for other engines, whose numbers are not checked
     repetitions: int
-    rest: float  # seconds after each, at most: as long as it took
+    rest: float  # seconds after each, at most; less if that was shorter
     device: str
     driver: str | None
     commit: str  # of ffmini

@@ -6,7 +6,6 @@ The other end of cuda/candidates.cuh. Whoever owns the memory decides how it is 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -37,7 +36,7 @@ class RowResults:
             return False
         end = 1 + num_queried + self._header[0]
         # Bytes: they are copied and compared in half the time that NumPy takes to compare.
-        return self._tags[:end].tobytes() == number.to_bytes(4, sys.byteorder) * end
+        return self._tags[:end].tobytes() == number.to_bytes(4, "little") * end
 
     def assemble(self, num_queried: int, fetch: Callable[[], np.ndarray]) -> Candidates:
         """What the packets say, once they are there. NaN stays NaN."""

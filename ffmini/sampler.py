@@ -83,8 +83,8 @@ def rank(candidates: Candidates, ids: np.ndarray, scores: np.ndarray, wanted: in
 def weigh(scores: np.ndarray, top: np.float32, inverse_temperature: np.ndarray) -> np.ndarray:
     """Unnormalised probabilities (float64 [n]) of `scores` [n]; one equal to `top` has 1.
 
-    `inverse_temperature` [] is a float64 with the value of the Query's float32. An array: of a number NumPy
-    first makes one, which takes longer than to weigh a few scores.
+    `inverse_temperature` [] is a float64 with the value of the Query's float32; an array, since NumPy makes
+    one of a number first, which for a few scores costs as much as the product.
     """
     weights = scores.astype(np.float64)
     weights -= np.array(float(top))  # in place: for a whole vocabulary fresh memory costs more than all else

@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 try:
@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=200, help="of a repetition (200)")
     parser.add_argument("--prompts", type=int, nargs="*", default=[], help="tokens of prompts, timed as well")
     parser.add_argument("--repetitions", type=int, default=5, help="after one that does not count (5)")
+    text = "seconds after each, at most: as long as it took (0)"
+    parser.add_argument("--rest", type=float, default=0.0, help=text)
     args = parser.parse_args()
     raw, results = json.load(sys.stdin), sys.stdout
     sys.stdout = sys.stderr  # whatever the libraries print
@@ -118,8 +120,11 @@ def main() -> None:
                 for name, run in zip(ENGINES, (forward, compiled), strict=True)
             ]
             for test, engine, time in tests:
-                seconds = [time() for _ in range(args.repetitions + 1)][1:]
-                found = {"test": test, "engine": engine, "versions": versions, "seconds": seconds}
+                seconds: list[float] = []
+                for _ in range(args.repetitions + 1):
+                    seconds.append(time())
+                    sleep(min(args.rest, seconds[-1]))
+                found = {"test": test, "engine": engine, "versions": versions, "seconds": seconds[1:]}
                 print(json.dumps(found), file=results, flush=True)
     except Exception as error:  # of two large libraries: of any type, and of many lines
         reason = str(error).strip().partition("\n")[0]
