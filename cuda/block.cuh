@@ -281,9 +281,7 @@ __device__ __forceinline__ void prepare_shared(const PassArgs& args, uint8_t* me
         tail.ring.items.start(args, entry);
     }
 #if BULK_COPIES
-    const int slot = BLOCK_THREADS - 1 - static_cast<int>(threadIdx.x);  // the first threads have the above
-    static_assert(RingState::ALL_SLOTS <= BLOCK_THREADS, "a thread has one slot");
-    if (slot < RingState::ALL_SLOTS) tail.ring.initialize(slot);
+    if (threadIdx.x == THREADS - 1) tail.ring.initialize();  // thread 0 has begun with the items
 #endif
     __syncthreads();
 }

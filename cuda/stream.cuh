@@ -331,14 +331,16 @@ struct BulkState {
     SlotBarriers barriers[WARPS][MAX_RING_SLOTS];
     uint32_t abandoned;  // the block leaves the pass early
 
-    static constexpr int ALL_SLOTS = WARPS * MAX_RING_SLOTS;
-
-    // By thread `slot` of ALL_SLOTS; the block's next barrier shows it to the others.
-    __device__ void initialize(int slot) {
-        SlotBarriers& own = barriers[slot / MAX_RING_SLOTS][slot % MAX_RING_SLOTS];
-        mbarrier_init(&own.full, 1);
-        mbarrier_init(&own.empty, 1);
-        if (slot == 0) abandoned = 0;
+    // By one thread; the block's next barrier shows it to the others.
+    __device__ void initialize() {
+#pragma unroll 1
+        for (SlotBarriers(&ring)[MAX_RING_SLOTS] : barriers) {
+            for (SlotBarriers& slot : ring) {
+                mbarrier_init(&slot.full, 1);
+                mbarrier_init(&slot.empty, 1);
+            }
+        }
+        abandoned = 0;
         mbarrier_init_fence();
     }
 };

@@ -70,6 +70,7 @@ PEAK_BYTES = 4 << 30  # on a GPU
 PEAK_CHUNK, PEAK_THREADS = 16384, 512  # as in cuda/read_peak.cu
 CPU_PEAK_BYTES = 512 << 20
 PEAK_REPETITIONS = 10
+PEAK_SECONDS = 0.2  # of a GPU's reads, at least: one that was idle takes a while to raise its clocks
 REST_SECONDS = 0.3  # of a GPU between repetitions
 # Of a random matrix; more are made of these. 257 is a prime, so that no two copies agree in two slots.
 RANDOM_ROWS = 257 * TILE_ROWS
@@ -224,7 +225,7 @@ def pass_bytes(
 
 
 def read_peak(ordinal: int | None) -> float:
-    """Bytes per second at which GPU `ordinal`, or the CPU for None, reads memory; the best of ten reads."""
+    """Bytes per second at which GPU `ordinal`, or the CPU for None, reads memory: the best of many reads."""
     return _cpu_read_peak() if ordinal is None else _gpu_read_peak(ordinal)
 
 
@@ -257,8 +258,8 @@ def _gpu_read_peak(ordinal: int) -> float:
         shared = int(launch.read_global(cupy, module, "ffmini_read_shared_bytes", np.dtype("<u4")))
         kernel.max_dynamic_shared_size_bytes = shared
         memory, never = cupy.zeros(chunks * PEAK_CHUNK, cupy.uint8), cupy.zeros(16, cupy.uint8)
-        times = []
-        for _ in range(PEAK_REPETITIONS):
+        times: list[float] = []
+        while len(times) < PEAK_REPETITIONS or sum(times) < PEAK_SECONDS:
             began, ended = cupy.cuda.Event(), cupy.cuda.Event()
             began.record()
             kernel((blocks,), (PEAK_THREADS,), (memory, np.uint64(chunks), never), shared_mem=shared)

@@ -105,8 +105,8 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "bytes not announced": (BULK, [STREAM(EXPECT, "mbarrier_arrive(full)")]),
     # ... and what they meet at.
-    "a full slot awaits two arrivals": (BULK, [STREAM("1", "2", "mbarrier_init(&own.full, 1)")]),
-    "an empty slot awaits two arrivals": (BULK, [STREAM("1", "2", "mbarrier_init(&own.empty, 1)")]),
+    "a full slot awaits two arrivals": (BULK, [STREAM("1", "2", "mbarrier_init(&slot.full, 1)")]),
+    "an empty slot awaits two arrivals": (BULK, [STREAM("1", "2", "mbarrier_init(&slot.empty, 1)")]),
     # The ring that each warp fills itself.
     "copy not waited for": (COPY, [STREAM("copy_async_wait<SLOTS - 1>()", "copy_async_wait<SLOTS>()")]),
     "copies never closed": (
