@@ -73,7 +73,10 @@ void Machine::choose_policy(int warps) {
     policy_.order = static_cast<Policy::Order>(seed % 3);
     const uint64_t victim = seed / 3 % 3;
     if (victim == 1) policy_.starved_block = static_cast<int>(random_.below(options_.blocks));
-    if (victim == 2) policy_.starved_warp = static_cast<int>(random_.below(static_cast<uint32_t>(warps)));
+    if (victim == 2) {
+        policy_.starved_warp = static_cast<int>(random_.below(static_cast<uint32_t>(warps)));
+        if (random_.below(2) == 1) policy_.of_block = static_cast<int>(random_.below(options_.blocks));
+    }
     policy_.yield = random_.below(3) * 64;
     policy_.stores_last = seed / 9 % 3 == 0;
     policy_.store_delay = delays[random_.below(3)];
@@ -102,8 +105,9 @@ void Machine::start(Block& block, size_t shared_bytes) {
         warp.products.assign(1, {});
     }
     for (Lane& lane : block.lanes) {
-        lane.starved =
-            block.index == policy_.starved_block || lane.thread / WARP_LANES == policy_.starved_warp;
+        const bool may_starve = policy_.of_block < 0 || policy_.of_block == block.index;
+        lane.starved = block.index == policy_.starved_block ||
+                       (may_starve && lane.thread / WARP_LANES == policy_.starved_warp);
         lane.polled = 0;
         lane.found.clear();
         lane.polls = lane.looks = 0;

@@ -53,6 +53,7 @@ struct Words {  // a value of 4, 8 or 16 bytes
 struct Policy {
     enum Order { IN_TURN, NEWEST_FIRST, ANY_ORDER } order = IN_TURN;
     int starved_block = -1, starved_warp = -1;  // runs only when no other lane can
+    int of_block = -1;                          // if not -1: the starved warp is of this block alone
     uint32_t yield = 0;                         // of 256 chances to let others run where a lane need not wait
     uint32_t store_delay = 0;                   // one step of so many shows a pending store to some block
     bool stores_last = false;                   // ... only when no lane can run
