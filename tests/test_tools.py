@@ -23,6 +23,7 @@ from ffmini.launch import why_unusable
 from ffmini.packing import PackedModel
 from ffmini.resources import resource_dir
 from ffmini.shapes import SHAPES
+from tools import sanitize
 from tools.kernel_report import DEVICES, read_build_info, read_registers, read_spills
 from tools.ring_reports import SLOT_WORDS, THREADS, compile_ring, expected_sums
 from tools.skeleton import EXCHANGES, Form
@@ -184,3 +185,29 @@ def test_the_skeleton_gives_up(simulate: Callable[[int, bool], SimDecoder], bulk
         decoder.forward(TOKEN, 17)
     decoder.give_up, decoder.lost_packet = False, None
     decoder.forward(TOKEN, 17)
+
+
+# ---- the sanitizers ------------------------------------------------------------------------------------
+
+
+def test_sanitizers_are_run_and_what_is_not_clean_is_named(tmp_path, monkeypatch, capsys):
+    program = tmp_path / sanitize.PROGRAM
+    program.write_text('#!/bin/sh\necho "$@"\n[ "$2" != synccheck ] || exit 9\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    logs = tmp_path / "logs"
+    assert sanitize.main(["--logs", str(logs), "--jobs", "2"]) == 1
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert set(said) == {str(run) for run in sanitize.RUNS}
+    for run in sanitize.RUNS:
+        log = logs / f"{run.tool}-{run.dtype}-{run.ring}-{run.rows}.txt"
+        assert said[str(run)] == (f"exit status 9, see {log}" if run.tool == "synccheck" else "clean")
+        assert log.read_text().endswith(f"--passes {run.dtype} {run.ring} {run.rows}\n")
+    program.write_text("#!/bin/sh\n")
+    assert sanitize.main(["--logs", str(logs)]) == 0
+
+
+def test_sanitizers_that_are_missing_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="compute-sanitizer expected on PATH, found none"):
+        sanitize.main([])
