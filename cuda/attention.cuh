@@ -133,8 +133,8 @@ class TileSlots {
     // The run's first position.
     __device__ int first(int run) const { return first_ + run * KV_RUN; }
     // Whether `position` is of the pass's own rows: the cache did not hold it when the slots were fetched.
-    // Whether any of the tile's is.
     __device__ bool is_fresh(int position) const { return position >= item_.fresh && position < item_.end; }
+    // Whether any position of the tile is.
     __device__ bool has_fresh() const { return item_.fresh < first_ + KV_TILE && item_.end > first_; }
     // Where a vector of the pass's own rows lies in `fresh`.
     __device__ const uint8_t* fresh(int position, const uint8_t* fresh) const {

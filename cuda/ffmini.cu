@@ -50,6 +50,34 @@ __device__ __forceinline__ void publish_residual(const Block& block, uint4* pack
     }
 }
 
+// The angles of the rows' rotations, by their positions: asked for when the object is made, in shared memory
+// after keep() and the block's next barrier.
+class RowAngles {
+  public:
+    __device__ explicit RowAngles(const Block& block) {
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i) {
+            const int own = block.thread + i * THREADS;
+            if (own >= num_rows(block.args) * HALF) break;
+            const uint64_t at =
+                static_cast<uint64_t>(block.args.rows[own / HALF].position) * HALF + own % HALF;
+            cosine_[i] = block.args.rope_cos[at], sine_[i] = block.args.rope_sin[at];
+        }
+    }
+    __device__ void keep(const Block& block) const {
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i) {
+            const int own = block.thread + i * THREADS;
+            if (own >= num_rows(block.args) * HALF) break;
+            block.shared()->rope_cos[own] = cosine_[i], block.shared()->rope_sin[own] = sine_[i];
+        }
+    }
+
+  private:
+    static constexpr int HALF = HEAD_DIM / 2, PER_THREAD = ceil_div(ROWS * HALF, THREADS);
+    float cosine_[PER_THREAD] = {}, sine_[PER_THREAD] = {};
+};
+
 // Works out one over the root mean square of each row's residual stream from its tiles' sums of squares, for
 // all: warp w from the last takes row w (the last warps have the fewest units).
 __device__ __forceinline__ void scale_rows(const Block& block) {
@@ -254,34 +282,6 @@ __device__ __forceinline__ bool embed(Block& block) {
     return true;
 }
 
-// The angles of the rows' rotations, by their positions: asked for when the object is made, in shared memory
-// after keep() and the block's next barrier.
-class RowAngles {
-  public:
-    __device__ explicit RowAngles(const Block& block) {
-#pragma unroll
-        for (int i = 0; i < PER_THREAD; ++i) {
-            const int own = block.thread + i * THREADS;
-            if (own >= num_rows(block.args) * HALF) break;
-            const uint64_t at =
-                static_cast<uint64_t>(block.args.rows[own / HALF].position) * HALF + own % HALF;
-            cosine_[i] = block.args.rope_cos[at], sine_[i] = block.args.rope_sin[at];
-        }
-    }
-    __device__ void keep(const Block& block) const {
-#pragma unroll
-        for (int i = 0; i < PER_THREAD; ++i) {
-            const int own = block.thread + i * THREADS;
-            if (own >= num_rows(block.args) * HALF) break;
-            block.shared()->rope_cos[own] = cosine_[i], block.shared()->rope_sin[own] = sine_[i];
-        }
-    }
-
-  private:
-    static constexpr int HALF = HEAD_DIM / 2, PER_THREAD = ceil_div(ROWS * HALF, THREADS);
-    float cosine_[PER_THREAD] = {}, sine_[PER_THREAD] = {};
-};
-
 // reads and waits for: hidden. writes: qkv.
 __device__ __forceinline__ bool norm_qkv(Block& block, int layer) {
     const LayerPackets packets(block.args.exchange, layer);
@@ -405,7 +405,7 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
     if (!DownProj::SPLIT && block.residual_tiles() == 0) return true;
     const LayerPackets packets(block.args.exchange, layer);
     const uint32_t tag = tag_of(block.args, layer);
-    const int where = opaque(where_of(layer, STAGE_DOWN));
+    const int where = opaque(where_of(layer, STAGE_DOWN));  // registers are short
     const NextNorm<DownProj> next(block, next_input_norm(block.args, layer));
     Products<DownProj> products(block, STAGE_DOWN);
     const auto receive = [&](int part) {
@@ -415,7 +415,7 @@ __device__ __forceinline__ bool down_proj(Block& block, int layer) {
         return arrived;
     };
     const auto update = [&] {
-        const int here = opaque(layer);
+        const int here = opaque(layer);  // as in o_proj()
         return ResidualUpdate{MLP_BIAS ? layer_vectors(block.args, here) + DOWN_BIAS_OFFSET : nullptr,
                               next_input_norm(block.args, here),
                               LayerPackets(block.args.exchange, here).next_hidden(),

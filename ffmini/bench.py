@@ -284,7 +284,7 @@ def check_logits(
     """
     config = packed.config
     count = min(CHECKED_LAYERS, config.num_layers)
-    config = dataclasses.replace(config, num_layers=count, layer_windows=config.layer_windows[:count])
+    config = config.first_layers(count)
     packed = dataclasses.replace(packed, config=config, layers=packed.layers[:count])
     length = min(CHECKED_TOKENS, context_limit(config))
     tokens = np.random.default_rng(SEED).integers(0, config.vocab_size, length)

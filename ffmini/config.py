@@ -167,6 +167,10 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
+    def first_layers(self, count: int) -> ModelConfig:
+        """The same model with its first `count` layers alone, 0 < count <= num_layers."""
+        return replace(self, num_layers=count, layer_windows=self.layer_windows[:count])
+
 
 @dataclass(frozen=True)
 class GenerationDefaults:

@@ -568,6 +568,7 @@ def test_output_file_that_cannot_be_written_is_known_first(tmp_path, capsys):
         ([*QUICK, "--batch", "2", "--device", "cpu"], 1, "--batch: a GPU expected, found the CPU"),
         ([*QUICK, "--guesses", "1"], 1, "--guesses: expected 2 tokens or more, or 0 for none, found 1"),
         ([*QUICK, "--rest", "soon"], 2, "--rest: expected seconds, 0 or more, found 'soon'"),
+        ([*QUICK, "--rest", "inf"], 2, "--rest: expected seconds, 0 or more, found 'inf'"),
         ([*QUICK, "--rest", "nan"], 2, "--rest: expected seconds, 0 or more, found 'nan'"),
         ([*QUICK, "--end-to-end", "1"], 1, "--end-to-end: expected 2 tokens or more, or 0 for none, found 1"),
     ],

@@ -94,6 +94,11 @@ def test_a_whole_config() -> None:
     )
 
 
+def test_first_layers_keep_their_windows() -> None:
+    config = replace(parse("mistral"), layer_windows=(0, 7, 0, 9))
+    assert config.first_layers(2) == replace(config, num_layers=2, layer_windows=(0, 7))
+
+
 @pytest.mark.parametrize(
     ("model_type", "expected"),
     [

@@ -195,6 +195,10 @@ def test_sanitizers_are_run_and_what_is_not_clean_is_named(tmp_path, monkeypatch
     program.write_text('#!/bin/sh\necho "$@"\n[ "$2" != synccheck ] || exit 9\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(sanitize, "why_unusable", lambda: "none here")
+    with pytest.raises(SystemExit, match="a GPU expected: none here"):
+        sanitize.main([])
+    monkeypatch.setattr(sanitize, "why_unusable", lambda: None)
     logs = tmp_path / "logs"
     assert sanitize.main(["--logs", str(logs), "--jobs", "2"]) == 1
     said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())

@@ -9,7 +9,6 @@ python tools/sanitize.py --logs /tmp/sanitizers
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ import numpy as np
 from ffmini.bench import fill_cache, random_model
 from ffmini.candidates import Query
 from ffmini.config import parse_config
-from ffmini.gpu import GPUDecoder
+from ffmini.gpu import GPUDecoder, why_unusable
 from ffmini.passes import Work
 from ffmini.shapes import SHAPES
 
@@ -46,19 +45,21 @@ class Run(NamedTuple):
         return f"{self.tool} {self.dtype} {self.ring} {self.rows}"
 
 
-TOOLS = (("memcheck", "bulk"), ("memcheck", "copy"), ("initcheck", "bulk"))
-TOOLS += (("synccheck", "bulk"), ("synccheck", "copy"), ("racecheck", "copy"))
+BUILDS = (("int4", 1), ("bf16", 1), ("int4", 8))
+RINGS = {
+    "memcheck": ("bulk", "copy"),
+    "initcheck": ("bulk",),
+    "synccheck": ("bulk", "copy"),
+    "racecheck": ("copy",),
+}
 RUNS = [
-    *(Run(tool, dtype, ring, 1) for dtype in ("int4", "bf16") for tool, ring in TOOLS),
-    *(Run(tool, "int4", ring, 8) for tool, ring in TOOLS if (tool, ring) != ("initcheck", "bulk")),
+    Run(tool, dtype, ring, rows) for dtype, rows in BUILDS for tool, rings in RINGS.items() for ring in rings
 ]
 
 
 def make_passes(dtype: str, ring: str, rows: int) -> None:
     """Two passes of `rows` rows, the last of which is asked for candidates and two other logits."""
-    config = parse_config(SHAPES["llama-3.1-8b"], "llama-3.1-8b")
-    windows = config.layer_windows[:2]
-    config = dataclasses.replace(config, num_layers=2, layer_windows=windows, vocab_size=2048)
+    config = parse_config(SHAPES["llama-3.1-8b"] | {"vocab_size": 2048}, "llama-3.1-8b").first_layers(2)
     packed, bulk = random_model(config, dtype), ring == "bulk"
     options = {"rows": (rows,), "bulk_copies": bulk, "progress": False, "chunks": False}
     with closing(GPUDecoder(packed, POSITION + rows, **options)) as decoder:
@@ -93,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if shutil.which(PROGRAM) is None:
         raise SystemExit(f"sanitize: {PROGRAM} expected on PATH, found none")
+    if (reason := why_unusable()) is not None:
+        raise SystemExit(f"sanitize: a GPU expected: {reason}")
     args.logs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         return 0 if all([*pool.map(lambda run: check(run, args.logs), RUNS)]) else 1

@@ -195,7 +195,7 @@ def make_form(args: argparse.Namespace, cupy: ModuleType) -> Form:
     layers = args.layers or config.num_layers
     if layers > config.num_layers:
         raise ValueError(f"--layers: at most {config.num_layers} expected, found {layers}")
-    config = dataclasses.replace(config, num_layers=layers, layer_windows=config.layer_windows[:layers])
+    config = config.first_layers(layers)
     bulk_copies = has_bulk_copies(device_arch(cupy)) and not args.cp_async
     if args.in_flight is not None and not bulk_copies:
         raise ValueError("--in-flight: a ring of bulk copies expected, found one of cp.async")

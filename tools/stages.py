@@ -10,7 +10,6 @@ receive their input by themselves, other warps than its own may still wait for t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from contextlib import closing
 from time import perf_counter
 
@@ -126,7 +125,7 @@ def main() -> None:
         raise SystemExit(f"stages: a GPU expected: {reason}")
     config = parse_config(SHAPES[args.shape], args.shape)
     layers = args.layers or config.num_layers
-    config = dataclasses.replace(config, num_layers=layers, layer_windows=config.layer_windows[:layers])
+    config = config.first_layers(layers)
     packed = random_model(config, args.dtype)
     if args.chunk:
         print("\n".join(time_chunk(packed, args.chunk, args.position)))
