@@ -1,6 +1,6 @@
 // What a pass leaves for the host besides the logits, which few tokens need all of: the most likely tokens,
 // the sum of all exponentials, and the logits of the tokens that the host asked for. And how a pass that was
-// launched ahead gets its token.
+// launched ahead gets its token: the one before has drawn it, or the host sends it.
 //
 // Each block lists its own most likely tokens; one block merges the lists of a row. Results are packets as
 // those of exchange.cuh, in the host's memory, with the pass number as their tag. The host polls the header,
@@ -27,9 +27,12 @@ __device__ __forceinline__ uint32_t read_mailbox(const PassArgs& args) {
     }
 }
 
-// The mail, which block 0 hands on to the others; MAIL_LEAVE too where it does not come. Those wait for it as
-// for any packet, which must be longer than token_limit_ns: block 0 may begin a little after them.
+// The mail: what the pass before has drawn, which is there when this one begins, or what the host sends,
+// which block 0 hands on to the others; MAIL_LEAVE too where it does not come. Those wait for it as for any
+// packet, which must be longer than token_limit_ns: block 0 may begin a little after them.
 __device__ __forceinline__ uint32_t await_mail(const PassArgs& args, int where) {
+    const uint64_t drawn = args.drawn[args.pass & 1];
+    if (static_cast<uint32_t>(drawn) == args.pass) return static_cast<uint32_t>(drawn >> 32);
     uint4* packet = mail_packet(args.exchange);
     const uint32_t tag = tag_of(args, 0);
     uint32_t mail = MAIL_LEAVE;
@@ -353,17 +356,23 @@ __device__ __forceinline__ void add_sums(const Block& block, const uint64_t (&en
     if (block.lane() == 0) s.total[block.warp()] = total;
 }
 
+// The sum over the lanes up to this one.
+template <class T>
+__device__ __forceinline__ T prefix_sum(const Block& block, T sum) {
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const T before = __shfl_sync(0xffffffff, sum, max_of(block.lane() - offset, 0));
+        if (block.lane() >= offset) sum += before;
+    }
+    return sum;
+}
+
 // Works out where each bucket's entries begin: a thread for a bucket.
 __device__ __forceinline__ void place_buckets(const Block& block) {
     GatheredCandidates& s = block.candidates()->gathered;
     const int lane = block.lane(), warp = block.warp();
     const uint32_t held = s.held[block.thread];
-    uint32_t end = held;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const uint32_t before = __shfl_sync(0xffffffff, end, max_of(lane - offset, 0));
-        if (lane >= offset) end += before;
-    }
+    uint32_t end = prefix_sum(block, held);
     if (lane == 31) s.in_warp[warp] = end;
     sync_threads<THREADS>();
 #pragma unroll 1
@@ -405,9 +414,115 @@ __device__ __forceinline__ void sort_exact(const Block& block, const uint64_t (&
     }
 }
 
-// Merges the lists of a row and leaves the result for the host: a header with the number of candidates,
-// whether they are all, and the sum relative to the first one; behind the `num_queried` queried logits the
-// candidates by descending logit, each a token and its logit. False if a list did not come.
+// ---- the row's token, as the host is going to draw it ----
+
+constexpr int PLACES = MOST_LISTED / 32;  // of the candidates, for each lane of a warp
+
+// The candidates' weights relative to the first one: those of a lane, and the sums up to each.
+struct Weights {
+    float of[PLACES];
+    float reached[PLACES];
+    int count;  // of candidates that have one
+
+    // For how many of the first `end` candidates hold(i) is true, i counting those of the lane.
+    template <class Holds>
+    __device__ int count_among(const Block& block, int end, Holds holds) const {
+        float found = 0.0f;
+#pragma unroll
+        for (int i = 0; i < PLACES; ++i) found += block.lane() * PLACES + i < end && holds(i) ? 1.0f : 0.0f;
+        return static_cast<int>(warp_sum(found));
+    }
+
+    // The sum of the first `end`.
+    __device__ float sum(const Block& block, int end) const {
+        float found = 0.0f;
+#pragma unroll
+        for (int i = 0; i < PLACES; ++i) found += block.lane() * PLACES + i == end - 1 ? reached[i] : 0.0f;
+        return warp_sum(found);
+    }
+};
+
+// Those of the first `count` candidates. The whole warp calls it, as all that follows.
+__device__ __forceinline__ Weights weigh(const Block& block, int count, float inverse_temperature) {
+    const GatheredCandidates& s = block.candidates()->gathered;
+    Weights weights;
+    weights.count = count;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PLACES; ++i) {
+        const int place = block.lane() * PLACES + i;
+        weights.of[i] = place < count ? rescale(s.sorted[place], s.sorted[0], inverse_temperature) : 0.0f;
+        weights.reached[i] = sum += weights.of[i];
+    }
+    const float before = __shfl_sync(0xffffffff, prefix_sum(block, sum), max_of(block.lane() - 1, 0));
+#pragma unroll
+    for (int i = 0; i < PLACES; ++i) weights.reached[i] += block.lane() > 0 ? before : 0.0f;
+    return weights;
+}
+
+// How many of the candidates top_k, top_p and min_p leave; 0 if there are not enough to tell. `total` is the
+// sum over the whole vocabulary. The same rules as survivors() in ffmini/sampler.py.
+__device__ __forceinline__ int survivors(const Block& block, const Weights& weights, bool complete,
+                                         float total) {
+    const Draw& draw = block.args.draw;
+    bool decided = complete || (draw.top_k > 0 && draw.top_k == weights.count);
+    int left = weights.count;
+    if (draw.top_p < 1.0f) {
+        if (draw.top_k > 0 && !decided) return 0;
+        const float target = draw.top_p * (draw.top_k > 0 ? weights.sum(block, left) : total);
+        const int below =
+            weights.count_among(block, left, [&](int i) { return weights.reached[i] < target; });
+        decided = decided || below < left;
+        left = min_of(below + 1, left);
+    }
+    const int likely = weights.count_among(block, left, [&](int i) { return weights.of[i] >= draw.min_p; });
+    return decided || likely < left ? likely : 0;
+}
+
+// The place among the `listed` candidates of the token that the host is going to draw, but for the rounding
+// of its sums; -1 if they do not decide.
+__device__ __forceinline__ int draw_place(const Block& block, int listed, bool complete, float total,
+                                          float inverse_temperature) {
+    const Draw& draw = block.args.draw;
+    if (draw.top_k == NO_DRAW || !(total < -MASKED)) return -1;
+    const int count = draw.top_k > 0 ? min_of(draw.top_k, listed) : listed;
+    const Weights weights = weigh(block, count, inverse_temperature);
+    const int left = survivors(block, weights, complete && count == listed, total);
+    const float point = draw.uniform * weights.sum(block, left);
+    const int place = weights.count_among(block, left, [&](int i) { return weights.reached[i] <= point; });
+    return min_of(place, left - 1);
+}
+
+// Whether a pass behind this token can be wanted.
+__device__ __forceinline__ bool goes_on(const Draw& draw, int token) {
+    bool ends = false;
+#pragma unroll
+    for (int i = 0; i < MAX_ENDS; ++i) ends = ends || token == draw.ends[i];
+    return !ends;
+}
+
+// Leaves the header of a row for the host: the number of candidates; whether they are all and, twice, the
+// place of the token that the pass behind gets, from 1 on; the sum relative to the first one. And that token,
+// where one is drawn and does not end the text: else that pass waits for the host's. By one warp.
+__device__ __forceinline__ void leave_header(const Block& block, int row, int num_queried, int listed,
+                                             bool complete, uint4* packet) {
+    const PassArgs& args = block.args;
+    const GatheredCandidates& s = block.candidates()->gathered;
+    const float total = warp_sum(block.lane() < WARPS ? s.total[block.lane()] : 0.0f);
+    int place = -1;
+    if (num_queried == 0) {
+        place = draw_place(block, listed, complete, total, args.inverse_temperature[row]);
+    }
+    if (block.lane() != 0) return;
+    const int token = place < 0 ? -1 : static_cast<int>(s.sorted[place]);
+    const bool is_given = place >= 0 && goes_on(args.draw, token);
+    const uint32_t about = (complete ? 1u : 0u) + (is_given ? 2u * (place + 1) : 0u);
+    store_relaxed_system_128(packet, make_uint4(listed, about, __float_as_uint(total), args.pass));
+    if (is_given) args.drawn[(args.pass + 1) & 1] = joined(args.pass + 1, static_cast<uint32_t>(token));
+}
+
+// Merges the lists of a row and leaves the result for the host: the header; behind the `num_queried` queried
+// logits the candidates by descending logit, each a token and its logit. False if a list did not come.
 __device__ __forceinline__ bool merge_lists(const Block& block, int row, int num_queried, uint4* packets,
                                             int where) {
     const GatheredCandidates& s = block.candidates()->gathered;
@@ -419,12 +534,7 @@ __device__ __forceinline__ bool merge_lists(const Block& block, int row, int num
     sync_threads<THREADS>();
     const int count = static_cast<int>(s.count), listed = min_of(count, MOST_LISTED);
     if (block.warp() == WARPS - 1) {
-        const float total = warp_sum(block.lane() < WARPS ? s.total[block.lane()] : 0.0f);
-        const bool complete = summary.complete && listed == count;
-        if (block.lane() == 0) {
-            store_relaxed_system_128(packets,
-                                     make_uint4(listed, complete, __float_as_uint(total), block.args.pass));
-        }
+        leave_header(block, row, num_queried, listed, summary.complete && listed == count, packets);
     }
 #pragma unroll 1
     for (int i = block.thread; i < listed; i += THREADS) {

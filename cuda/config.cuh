@@ -163,7 +163,7 @@ struct Status {
 };
 
 // A pass may be launched before its token is known. The mail that it waits for is one 64-bit word: the number
-// of the pass below, this above.
+// of the pass below, this above. The pass before has drawn the token and left it, or the host sends it.
 constexpr int AWAITED = -1;
 constexpr uint32_t MAIL_APPEND = 1u << 31;  // the token joins the queried ids
 constexpr uint32_t MAIL_TOKEN = MAIL_APPEND - 1;
@@ -174,6 +174,18 @@ constexpr int MOST_LISTED = 256;  // of the grid, which the host gets
 constexpr int MAX_BLOCKS = 192;   // of a grid: there is room for so many lists
 // Of a row: a header, the queried tokens, the candidates (see candidates.cuh).
 constexpr int RESULT_PACKETS = 1 + MAX_QUERIED + MOST_LISTED;
+
+constexpr int NO_DRAW = -1;
+constexpr int MAX_ENDS = 4;
+
+// How the host is going to draw the token of the wanted row, for which nothing is queried: see survivors()
+// and draw() in ffmini/sampler.py.
+struct Draw {
+    float uniform;  // in [0, 1]: 1 where less than that rounds to it
+    float top_p, min_p;
+    int top_k;           // 0: no limit; 1 if decoding is greedy; NO_DRAW: the host alone can tell
+    int ends[MAX_ENDS];  // tokens behind which nobody wants a pass, or -1
+};
 
 // What every kernel is told of the model: the first part of its one argument.
 struct ModelArgs {
@@ -201,11 +213,13 @@ struct PassArgs : ModelArgs {
     int* queried_ids;         // [MAX_ROWS][MAX_QUERIED]: see queried_list() in candidates.cuh
     uint4* candidates;        // the host's memory, [ROWS][RESULT_PACKETS]; null: not wanted
     const uint64_t* mailbox;  // the host's memory; see AWAITED
+    uint64_t* drawn;          // [2]: mail from pass to pass, at the last bit of its reader's number
     uint64_t* stage_times;    // [NUM_LAYERS + 1][MARKS][blocks] in nanoseconds; only if STAGE_TIMES
     uint64_t token_limit_ns;
     int num_rows;          // 1 .. ROWS
     uint32_t logits_rows;  // bit r: row r's logits are wanted; 0 leaves the lm_head out
     uint32_t append;       // bit r: row r's token joins its queried ids; the mail says it of an awaited one
+    Draw draw;
     int num_queried[MAX_ROWS];
     float inverse_temperature[MAX_ROWS];  // of the candidates' sums
     Row rows[MAX_ROWS];

@@ -22,7 +22,7 @@ import tokenizers
 from tqdm import tqdm
 
 from . import __version__, gpu, launch
-from .candidates import Candidates
+from .candidates import Candidates, Draw
 from .checkpoint import resolve_model
 from .config import GenerationDefaults, ModelConfig, load_config, parse_config, read_json
 from .cpu import CPUDecoder, held_bytes, held_vector_bytes
@@ -408,6 +408,9 @@ class _Replay(Sampler):
     ) -> None:
         super().__init__(options, prompt, config.eos_token_ids, config.vocab_size)
         self._text = iter(text)
+
+    def draws(self) -> tuple[Draw, Draw] | None:
+        return None  # the tokens come from the text
 
     def sample(self, candidates: Candidates) -> tuple[int, TokenLogprobs | None]:
         _, logprobs = super().sample(candidates)

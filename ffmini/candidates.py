@@ -26,6 +26,16 @@ class Query(NamedTuple):
     inverse_temperature: np.float32  # of the normaliser; 1 if decoding is greedy
 
 
+class Draw(NamedTuple):
+    """How a sampler that alters no logit is going to draw a row's token; see `Sampler.draws`."""
+
+    uniform: float  # in [0, 1)
+    top_p: float
+    min_p: float
+    top_k: int  # 1 if decoding is greedy; 0: no limit
+    end_token_ids: tuple[int, ...]  # with which the text ends
+
+
 class Candidates(NamedTuple):  # made for every token: a tuple is made in a fraction of a dataclass's time
     """What a pass says of one row; "others" are the tokens that were not queried."""
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from .candidates import NON_FINITE, Candidates, Query, summarise
+from .candidates import NON_FINITE, Candidates, Draw, Query, summarise
 from .errors import NON_FINITE_LOGITS, GenerationError, MemoryBudgetError
 from .layout import KV_BLOCK, SEGMENT, TILE_ROWS, MatrixLayout, VectorLayout, ceil_div
 from .memory import available_memory
@@ -42,7 +42,7 @@ from .packing import (
     unpack_quantized,
     vector_offsets,
 )
-from .passes import Work, check_cache, check_kv_dtype, check_pass, check_slot, check_works
+from .passes import Work, check_cache, check_draws, check_kv_dtype, check_pass, check_slot, check_works
 from .rope import rope_tables
 
 ROW_BLOCK = 16  # rows of every matrix product; see `multiply`
@@ -454,14 +454,17 @@ class CPUDecoder:
             raise GenerationError(NON_FINITE_LOGITS)
         return found
 
-    def begin(self, works: Sequence[Work], ahead: bool = False) -> None:
+    def begin(
+        self, works: Sequence[Work], ahead: bool = False, draws: tuple[Draw, Draw] | None = None
+    ) -> None:
         """Run the rows of all `works`, of distinct slots and with at most max_rows queries in all.
 
         candidates() says of each one's last rows what its queries ask. `ahead`, for one work with one query,
-        hints that another token may follow at once; on the CPU nothing can be done in advance.
+        and `draws` hint that another token may follow at once; on the CPU nothing can be done in advance.
         """
         self._require_open()
         limits = self.num_slots, self.max_rows, self.max_seq_len, self.config.vocab_size
+        check_draws(draws, works, ahead)
         check_works(works, ahead, *limits)
         parts = [_Part(w.slot, np.asarray(w.tokens), w.start, len(w.queries)) for w in works]
         self._said = [_say(found, work.queries) for found, work in zip(self._run(parts), works, strict=True)]

@@ -192,7 +192,7 @@ class Engine:
         works = [run.work(most_drafts) for run in runs]
         ahead = self._ahead and len(runs) == 1 and not self._ready and runs[0].may_go_ahead
         try:
-            decoder.begin(works, ahead)
+            decoder.begin(works, ahead, runs[0].draws() if ahead else None)
         except GenerationError as error:
             self._begun = []
             for run in runs:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .candidates import Candidates, Query
+from .candidates import Candidates, Draw, Query
 from .config import ModelConfig
 from .errors import NON_FINITE_LOGITS, GenerationError
 from .lookup import PromptLookup
@@ -134,6 +134,13 @@ class Run:
     def may_go_ahead(self) -> bool:
         """Whether the pass of `work` has one query, whose token another one may follow."""
         return not self._drafts and len(self._tokens) + 1 < self._budget
+
+    def draws(self) -> tuple[Draw, Draw] | None:
+        """How the tokens of the passes of `work` and of the next one will be drawn; None if nobody can tell.
+
+        None too if guesses may come: a pass that has got a drawn token does not make way for theirs.
+        """
+        return self._sampler.draws() if self._lookup is None else None
 
     def enter(self, slot: int, cached: int) -> None:
         """Take a slot, which holds K and V of the prompt's first `cached` tokens."""

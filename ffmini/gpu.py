@@ -11,12 +11,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from .candidates import MAX_QUERIED, Candidates, Query
+from .candidates import MAX_QUERIED, Candidates, Draw, Query
 from .config import ModelConfig
 from .errors import NON_FINITE_LOGITS, DeviceError, GenerationError, MemoryBudgetError
 from .kernel import (
@@ -24,8 +24,10 @@ from .kernel import (
     CHUNK_ROWS,
     MAIL_LEAVE,
     MAX_BLOCKS,
+    MAX_ENDS,
     MAX_ROWS,
     MODEL_ARGS,
+    NO_DRAW,
     PANEL_ROWS,
     PASS_ARGS,
     chunk_scratch_bound,
@@ -42,8 +44,8 @@ from .launch import ChunkBuild, OnDevice, PassBuild, import_cupy, pinned_array, 
 from .layout import KEY_ROTATION, VALUE_ROTATION, VectorLayout, ceil_div
 from .memory import available_memory
 from .packing import PackedModel, vectors_length
-from .passes import Work, check_cache, check_kv_dtype, check_pass, check_slot, check_works
-from .results import HostMemory, check_query
+from .passes import Work, check_cache, check_draws, check_kv_dtype, check_pass, check_slot, check_works
+from .results import HostMemory, RowResults, check_query
 from .rope import rope_tables
 
 STAGE_NAMES = (
@@ -53,6 +55,8 @@ STAGE_NAMES = (
 MEMORY_CLOCK_RATE, GLOBAL_MEMORY_BUS_WIDTH = 36, 37  # CUDA's numbers of device attributes
 SPIN_SECONDS = 10.0
 AWAITED_TOKEN = np.array([AWAITED])
+UNDRAWN = (Draw(uniform=0.0, top_p=1.0, min_p=0.0, top_k=NO_DRAW, end_token_ids=()),) * 2
+NO_ENDS = (-1,) * MAX_ENDS
 NO_IDS = np.zeros(0, np.int32)
 CHUNK_LEAST = 2  # passes of rows that are no slower than a chunk of them
 TOKEN_SECONDS = 0.02  # a pass that was launched ahead waits so long for its token; its blocks can wait longer
@@ -100,6 +104,7 @@ class _Listing:
     number: int
     work: Work
     inverse_temperature: float
+    drawn: int | None = None  # the token that it has got from the pass before it
 
 
 class _Asked(NamedTuple):
@@ -119,7 +124,8 @@ class _Begun:
     last: Sequence[Work]  # what the last pass does for them
     asked: list[_Asked]
     ahead: bool
-    residual: int  # where the last pass finds its rows after the last layer; 0: it runs the layers itself
+    draws: tuple[Draw, Draw]
+    residual: int = 0  # where the last pass finds its rows after the last layer; 0: it runs the layers itself
     listing: _Listing | None = None  # the last pass
 
 
@@ -209,7 +215,7 @@ class GPUDecoder:
         self._ordinal = ordinal
         self._stage_times = stage_times
         self._pool = cupy.cuda.MemoryPool()
-        self._pass = self._checked = 0  # the last pass launched, and the last whose status was read
+        self._pass = self._checked = 0  # the last pass launched; up to which one nobody wants their status
         self._begun: _Begun | None = None  # what candidates() is to say
         self._abandoned = False  # whether passes that nobody waits for may be under way after an error
         self._waiting: _Listing | None = None  # the last pass, if its token was not known at the launch
@@ -275,7 +281,7 @@ class GPUDecoder:
         chunk = 0
         if self._chunk_defines is not None:
             chunk = chunk_scratch_bound(self.config, packed.layouts, self.max_seq_len)
-        return packets + chunk + 4 * self.config.vocab_size * self.max_rows
+        return packets + chunk + 2 * 4 * self.config.vocab_size * self.max_rows
 
     def _check_memory(self, packed: PackedModel, scratch: int) -> None:
         weights = packed.nbytes
@@ -308,15 +314,17 @@ class GPUDecoder:
         # Zeros: tiles of positions are fetched whole, those without a token masked out afterwards.
         self.key_cache = cupy.zeros((*shape, vectors.cached_size), dtype=vectors.dtype)
         self.value_cache = cupy.zeros((*shape, vectors.cached_size), dtype=vectors.dtype)
-        self._logits = cupy.empty((self.max_rows, config.vocab_size), dtype=cupy.float32)
+        # Of a pass by the last bit of its number, as its results and its end below.
+        shape = (self.max_rows, config.vocab_size)
+        self._logits = [cupy.empty(shape, dtype=cupy.float32) for _ in range(2)]
         self._gave_up = cupy.zeros(1, dtype=cupy.uint32)
+        self._mail = cupy.zeros(2, dtype=cupy.uint64)  # from pass to pass
         self._device_ids = cupy.zeros((MAX_ROWS, MAX_QUERIED), dtype=cupy.int32)
         memory = pinned_array(cupy, (HostMemory.nbytes(self.max_rows),), np.uint8)
         memory[...] = 0
         self._host = HostMemory(memory, self.max_rows)
         self._fetched = pinned_array(cupy, (config.vocab_size,), np.float32)
         self._copies = cupy.cuda.Stream(non_blocking=True)  # does not wait for passes
-        # Of a pass and the one that waits behind it, by the last bit of the number: when it has ended.
         self._ends = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self.ring_slots = build.ring_slots  # of the build for the fewest rows
         shape = (config.num_layers + 1, build.marks, build.blocks if self._stage_times else 0)
@@ -370,9 +378,9 @@ class GPUDecoder:
             "rope_sin": self._rope[1],
             "key_cache": self.key_cache,
             "value_cache": self.value_cache,
-            "logits": self._logits,
             "queried_ids": self._device_ids,
             "gave_up": self._gave_up,
+            "drawn": self._mail,
             "stage_times": self.stage_times,
         }
         for name, array in pointers.items():
@@ -503,7 +511,12 @@ class GPUDecoder:
         fields["num_rows"][...] = at
         fields["logits_rows"][...] = wanted
         fields["residual"][...] = residual
+        fields["logits"][...] = self._logits_of(number).data.ptr
         self._submit(build)
+
+    def _logits_of(self, number: int) -> Any:
+        """Those of a pass, until the next but one, on the device: [max_rows, vocab_size]."""
+        return self._logits[number % 2]
 
     def _submit(self, build: PassBuild) -> None:
         """Launch a pass with the arguments as they are now."""
@@ -533,6 +546,7 @@ class GPUDecoder:
             for build in self._builds.values():
                 build.exchange.fill(0)
             self._gave_up.fill(0)
+            self._mail.fill(0)
         for array in (self._host.status, self._host.mailbox, self._host.results):
             array.view(np.uint8)[...] = 0
         self._pass = self._checked = 0
@@ -542,21 +556,30 @@ class GPUDecoder:
         self._check_status()
         with self._on_device():
             rows = [row for row in range(wanted.bit_length()) if wanted >> row & 1]
-            return self._logits[rows[0] : rows[-1] + 1].get() if rows else self._logits[:0].get()
+            logits = self._logits_of(self._pass)
+            return logits[rows[0] : rows[-1] + 1].get() if rows else logits[:0].get()
 
-    def begin(self, works: Sequence[Work], ahead: bool = False) -> None:
+    def begin(
+        self, works: Sequence[Work], ahead: bool = False, draws: tuple[Draw, Draw] | None = None
+    ) -> None:
         """Start the passes of `works`, of distinct slots; candidates() says what the queried rows say.
 
         Rows without queries that have no room beside the queried ones go in passes before. With `ahead`, for
         one work of one query, the next pass is launched too, so that it has begun when its token comes: a
         call with that one token, the next position and the same query, to which the token may be added as
-        the last id. Any other call, and settle(), make it leave. Errors are those of forward().
+        the last id. Any other call, and settle(), make it leave.
+
+        `draws` say how the tokens of this pass and of the next are going to be drawn, for a query without
+        ids: the device draws them too where it can, and the pass behind does not wait. If another token
+        comes than it has got, that pass is in vain and the right one is launched behind it.
+        Errors are those of forward().
         """
         self._check_open()
+        check_draws(draws, works, ahead)
         if self._waiting is not None and _is_one_token(works, self._waiting.work):
             self.deliver(works[0].tokens.item(), works[0].queries[0])
         answered = self._delivered is not None and self._delivered.is_for(works)
-        last, residual = works, 0
+        last, residual, draws = works, 0, draws or UNDRAWN
         if not answered:
             if self._delivered is not None:
                 self.settle()
@@ -565,10 +588,10 @@ class GPUDecoder:
         try:
             if answered:
                 (listing, _, _, asked), self._delivered = self._delivered, None
-                self._begun = begun = _Begun(works, works, [asked], ahead, 0, listing)
+                self._begun = begun = _Begun(works, works, [asked], ahead, draws, listing=listing)
             else:
                 self._reserve_passes(PASSES_OF_A_TOKEN)
-                self._begun = begun = _Begun(works, last, self._queue_queries(last), ahead, residual)
+                self._begun = begun = _Begun(works, last, self._queue_queries(last), ahead, draws, residual)
             if last:
                 self._start(begun)
         except BaseException:
@@ -589,7 +612,8 @@ class GPUDecoder:
             asked = self._ask(0, 0, query, token)
             if self._waiting is None:  # it had to leave: the device lacked ids
                 return
-            self._host.mailbox[0] = mail(waiting.number, token, asked.append)
+            if waiting.drawn is None:
+                self._host.mailbox[0] = mail(waiting.number, token, asked.append)
             self._delivered = _Delivered(waiting, token, query, asked)
             self._waiting = None
         except BaseException:
@@ -597,9 +621,13 @@ class GPUDecoder:
             raise
 
     def _can_answer(self, waiting: _Listing, token: int, query: Query) -> bool:
-        """Whether the pass that waits is still there, and right for this token."""
+        """Whether the pass that waits is still there, and right for this token.
+
+        One that has got a token cannot be told of ids.
+        """
         return (
-            self._host.no_token != waiting.number
+            (waiting.drawn is None or (waiting.drawn == token and not len(query.token_ids)))
+            and self._host.no_token != waiting.number
             and query.inverse_temperature == waiting.inverse_temperature
             and 0 <= token < self.config.vocab_size
             and self._checked == waiting.number - 1
@@ -696,6 +724,8 @@ class GPUDecoder:
             listing, asked = begun.listing, iter(begun.asked)
             found = [[self._assemble(listing, next(asked)) for _ in work.queries] for work in begun.works]
             self._checked = listing.number
+            if self._waiting is not None:
+                self._waiting.drawn = self._row(listing, begun.asked[0]).drawn()
         except BaseException:
             self._abandon()
             raise
@@ -703,8 +733,11 @@ class GPUDecoder:
         return found
 
     def _assemble(self, listing: _Listing, asked: _Asked) -> Candidates:
-        row = asked.row
-        return self._host.rows[row].assemble(len(asked.ids), lambda: self._fetch(listing, row))
+        results = self._row(listing, asked)
+        return results.assemble(len(asked.ids), lambda: self._fetch(listing, asked.row))
+
+    def _row(self, listing: _Listing, asked: _Asked) -> RowResults:
+        return self._host.rows[listing.number % 2][asked.row]
 
     def _abandon(self) -> None:
         """After an error: nothing waits, and the ids that the device holds are not trusted."""
@@ -722,14 +755,14 @@ class GPUDecoder:
         """Launch the last pass, unless one that waited has its rows already; and the next one ahead."""
         if begun.listing is None:
             self._release_waiting()
-            begun.listing = self._list(begun.last, begun.asked, begun.residual)
+            begun.listing = self._list(begun.last, begun.asked, begun.draws[0], begun.residual)
         if begun.ahead:
             (work,), (asked,) = begun.last, begun.asked
             end = work.start + len(work.tokens)
             if end < self.max_seq_len:
                 next_work = Work(work.slot, AWAITED_TOKEN, end, ())
                 next_asked = _Asked(0, asked.ids, asked.inverse_temperature, False)
-                self._waiting = self._list((next_work,), (next_asked,))
+                self._waiting = self._list((next_work,), (next_asked,), begun.draws[1])
 
     def _queue_queries(self, works: Sequence[Work]) -> list[_Asked]:
         """The rows of `works` that are queried; the device gets the ids that it lacks."""
@@ -759,8 +792,10 @@ class GPUDecoder:
             self._device_ids[place, : len(ids)].set(ids)
         return False
 
-    def _list(self, works: Sequence[Work], asked: Sequence[_Asked], residual: int = 0) -> _Listing:
-        """Launch a pass whose rows leave the candidates that are asked for."""
+    def _list(
+        self, works: Sequence[Work], asked: Sequence[_Asked], draw: Draw, residual: int = 0
+    ) -> _Listing:
+        """Launch a pass whose rows leave the candidates that are asked for, and which draws one of them."""
         fields, wanted, append = self._fields, 0, 0
         listing = _Listing(self._next_pass(), works[0], asked[0].inverse_temperature)
         for one in asked:
@@ -768,7 +803,9 @@ class GPUDecoder:
             append |= one.append << one.row
             fields["num_queried"][one.row] = len(one.ids) - one.append
             fields["inverse_temperature"][one.row] = one.inverse_temperature
-        fields["candidates"][...] = self._host.results.ctypes.data
+        fields["candidates"][...] = self._host.addresses[listing.number % 2]
+        ends = (draw.end_token_ids + NO_ENDS)[:MAX_ENDS]
+        fields["draw"][...] = (draw.uniform, draw.top_p, draw.min_p, draw.top_k, ends)
         fields["append"][...] = append
         count = sum(len(work.tokens) for work in works)
         self._launch(listing.number, self._rows_for(count), works, wanted, residual)
@@ -778,11 +815,11 @@ class GPUDecoder:
 
     def _await_results(self, begun: _Begun) -> bool:
         """Wait for all that the last pass says; False if it ended for want of its token."""
-        return all(self._await_row(begun.listing, asked.row, len(asked.ids)) for asked in begun.asked)
+        return all(self._await_row(begun.listing, asked) for asked in begun.asked)
 
-    def _await_row(self, listing: _Listing, row: int, num_queried: int) -> bool:
+    def _await_row(self, listing: _Listing, asked: _Asked) -> bool:
         """The same of one row."""
-        results = self._host.rows[row]
+        results, num_queried = self._row(listing, asked), len(asked.ids)
         began = look = perf_counter()
         ended = False
         while True:
@@ -815,7 +852,7 @@ class GPUDecoder:
         if self._closed or self._listed != listing.number:
             raise ValueError("logits of the decoder's last pass expected, those of an earlier one asked for")
         runtime = self._cupy.cuda.runtime
-        source, target = self._logits[row], self._fetched
+        source, target = self._logits_of(listing.number)[row], self._fetched
         with self._on_device():
             self._ends[listing.number % 2].synchronize()
             runtime.memcpyAsync(
@@ -829,7 +866,10 @@ class GPUDecoder:
         return target.copy()
 
     def settle(self) -> None:
-        """End what was begun: a pass that waits for its token leaves, what others say is not asked for."""
+        """End what was begun: a pass that waits for its token leaves, what others say is not asked for.
+
+        One that has got its token from the pass before goes on; all that is launched later comes behind it.
+        """
         self._release_waiting()
         if self._begun is not None or self._delivered is not None or self._abandoned:
             self._begun = self._delivered = None
@@ -840,9 +880,13 @@ class GPUDecoder:
             self._checked = self._pass
 
     def _release_waiting(self) -> None:
-        if self._waiting is not None:
-            self._host.mailbox[0] = mail(self._waiting.number, MAIL_LEAVE)
-            self._waiting = None
+        """Nobody wants the pass that waits, nor its status: it leaves, unless it has got a drawn token."""
+        if self._waiting is None:
+            return
+        number, self._waiting = self._waiting.number, None
+        self._host.mailbox[0] = mail(number, MAIL_LEAVE)
+        if self._checked == number - 1:
+            self._checked = number
 
     @property
     def _spin_seconds(self) -> float:
@@ -924,7 +968,17 @@ class GPUDecoder:
             self.settle()
         with contextlib.suppress(DeviceError), self._on_device():
             self._cupy.cuda.get_current_stream().synchronize()  # passes write into pinned memory
-        for name in ("_layers", "_vectors", "_lm_head", "_embed", "_norm", "_rope", "_logits", "_device_ids"):
+        for name in (
+            "_layers",
+            "_vectors",
+            "_lm_head",
+            "_embed",
+            "_norm",
+            "_rope",
+            "_logits",
+            "_device_ids",
+            "_mail",
+        ):
             setattr(self, name, None)
         self._gave_up = self.stage_times = self.key_cache = self.value_cache = None
         self._args = self._fields = self._row_tokens = self._row_positions = self._row_slots = None

@@ -54,12 +54,17 @@ VECTOR_NAMES = (
 AWAITED = -1  # in the place of a token that its pass finds in the mailbox
 MAIL_APPEND = 1 << 31  # above a token in the mail: it joins the queried ids
 MAIL_LEAVE = MAIL_APPEND - 1  # instead of a token: the pass ends
+MAX_ENDS = 4  # of the tokens that end a text, those that a pass does not give to the one behind
+NO_DRAW = -1  # in the place of top_k: the pass does not draw its row's token
 LISTED = 8  # candidates of a block
 MOST_LISTED = 256  # of the grid
 MAX_BLOCKS = 192  # of a grid
 
 # The device's structs of the same names (cuda/config.cuh, cuda/exchange.cuh, cuda/chunk.cu).
 ROW = np.dtype([("token", "<i4"), ("position", "<i4"), ("slot", "<i4")])
+DRAW = np.dtype(
+    [("uniform", "<f4"), ("top_p", "<f4"), ("min_p", "<f4"), ("top_k", "<i4"), ("ends", "<i4", (MAX_ENDS,))]
+)
 STATUS = np.dtype(
     [(name, "<u4") for name in ("stage", "block", "unused", "gave_up", "non_finite", "no_token")]
 )
@@ -88,11 +93,13 @@ PASS_ARGS = np.dtype(
         ("queried_ids", "<u8"),
         ("candidates", "<u8"),
         ("mailbox", "<u8"),
+        ("drawn", "<u8"),
         ("stage_times", "<u8"),
         ("token_limit_ns", "<u8"),
         ("num_rows", "<i4"),
         ("logits_rows", "<u4"),
         ("append", "<u4"),
+        ("draw", DRAW),
         ("num_queried", "<i4", (MAX_ROWS,)),
         ("inverse_temperature", "<f4", (MAX_ROWS,)),
         ("rows", ROW, (MAX_ROWS,)),

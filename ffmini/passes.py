@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .candidates import Query
+from .candidates import Draw, Query
 from .layout import KV_DTYPES, VectorLayout
 from .numerics import split_vectors
 
@@ -68,6 +68,12 @@ def check_works(
     if ahead and (len(works) != 1 or asked != 1):
         raise ValueError(f"a pass ahead of one query expected, found {len(works)} works of {asked} queries")
     return rows, asked
+
+
+def check_draws(draws: tuple[Draw, Draw] | None, works: Sequence[Work], ahead: bool) -> None:
+    """Raise ValueError unless begin() can take `draws`: none, or with `ahead` and queries without ids."""
+    if draws is not None and (not ahead or any(len(q.token_ids) for w in works for q in w.queries)):
+        raise ValueError("draws: a pass ahead of a query without ids expected")
 
 
 def check_kv_dtype(kv_dtype: str) -> None:

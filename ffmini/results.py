@@ -13,9 +13,10 @@ import numpy as np
 from .candidates import MAX_QUERIED, Candidates, Query
 from .kernel import MOST_LISTED, STATUS
 
-# A packet. The header has the number of candidates as its id, whether they are all that were not queried, and
-# the total over those. The packet of a queried token has its logit, that of a candidate its id and logit.
-RESULT = np.dtype([("id", "<i4"), ("complete", "<u4"), ("value", "<f4"), ("tag", "<u4")])
+# A packet. The header has the number of candidates as its id, whether they are all that were not queried and,
+# twice, which of them the pass has drawn (from 1 on, 0: none), and the total over those. The packet of a
+# queried token has its logit, that of a candidate its id and logit.
+RESULT = np.dtype([("id", "<i4"), ("about", "<u4"), ("value", "<f4"), ("tag", "<u4")])
 RESULT_PACKETS = 1 + MAX_QUERIED + MOST_LISTED  # of a row: the header, the queried tokens, the candidates
 _NO_TOKEN, _GAVE_UP = (STATUS.names.index(name) for name in ("no_token", "gave_up"))
 _NO_VALUES = np.empty(0, np.float32)
@@ -47,21 +48,30 @@ class RowResults:
             queried = self._values[1:split].copy()
             finite = np.count_nonzero(np.isfinite(queried)) == num_queried
         ids, logits = self._ids[split:end].copy(), self._values[split:end].copy()
-        complete, finite = self._header[1] != 0, finite and math.isfinite(total)
+        complete, finite = self._header[1] % 2 != 0, finite and math.isfinite(total)
         return Candidates(queried, ids, logits, complete, total, fetch, finite)
+
+    def drawn(self) -> int | None:
+        """The token that the pass has drawn and given to the one behind, if it has; nothing was queried."""
+        place = self._header[1] // 2
+        return int(self._ids[place]) if place else None
 
 
 class HostMemory:
     """The parts of one piece of memory."""
 
     def __init__(self, memory: np.ndarray, rows: int) -> None:
-        """The parts of `memory`, uint8 [nbytes(rows)], which begins at a multiple of 16 bytes."""
+        """The parts of `memory`, uint8 [nbytes(rows)], which begins at a multiple of 16 bytes.
+
+        A pass's results are at the last bit of its number: the pass behind may be done before they are read.
+        """
         self.status = memory[: STATUS.itemsize].view(STATUS)  # [1]
         self._status = memoryview(self.status.view(np.uint32))
         self.mailbox = memory[_LINE : _LINE + 8].view(np.uint64)  # [1]: a pass below, token and flags above
         results = memory[2 * _LINE : HostMemory.nbytes(rows)].view(RESULT)
-        self.results = results.reshape(rows, RESULT_PACKETS)
-        self.rows = [RowResults(row) for row in self.results]
+        self.results = results.reshape(2, rows, RESULT_PACKETS)
+        self.addresses = [of_pass.ctypes.data for of_pass in self.results]
+        self.rows = [[RowResults(row) for row in of_pass] for of_pass in self.results]
 
     @property
     def no_token(self) -> int:
@@ -76,7 +86,7 @@ class HostMemory:
     @staticmethod
     def nbytes(rows: int) -> int:
         """Bytes for passes of up to `rows` rows."""
-        return 2 * _LINE + rows * RESULT_PACKETS * RESULT.itemsize
+        return 2 * _LINE + 2 * rows * RESULT_PACKETS * RESULT.itemsize
 
 
 def check_query(query: Query, vocab_size: int) -> np.ndarray:

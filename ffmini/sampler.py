@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from .candidates import MAX_QUERIED, Candidates, Query, largest
+from .candidates import MAX_QUERIED, Candidates, Draw, Query, largest
 from .errors import GenerationError
 from .options import GenerationOptions
 
@@ -165,6 +165,11 @@ class Alterations:
                 self._seen[self._slot(token)] = True
 
     @property
+    def are_possible(self) -> bool:
+        """Whether a logit is or can come to be altered."""
+        return self._tracks or len(self._slots) > 0
+
+    @property
     def ids(self) -> np.ndarray:
         """The tokens (int32 [n], distinct); only the text's newest token is ever added, at the end."""
         return self._ids[: len(self._slots)]
@@ -212,6 +217,8 @@ class Alterations:
 class Sampler:
     """Picks the tokens of one text: `queries` before each pass, `sample` after it for each row that counts.
 
+    `draws` tells before a pass how its token and the next are going to be picked.
+
     The exact candidates of a pass suffice for greedy decoding, and for top_k, top_p and min_p as `survivors`
     says. All logits are fetched if they do not, for a temperature without truncation unless the candidates
     are complete, if logprobs are asked for, and if more than MAX_QUERIED tokens are altered. In the last case
@@ -226,10 +233,12 @@ class Sampler:
         self.seed = draw_seed() if options.seed is None else options.seed
         eos = () if options.ignore_eos else eos_token_ids
         self.end_token_ids = frozenset((*eos, *options.stop_token_ids))
+        self._ends = tuple(self.end_token_ids)
         if options.top_k >= vocab_size:
             options = dataclasses.replace(options, top_k=0)
         self._options = options
         self._random = np.random.Generator(np.random.PCG64(self.seed))
+        self._uniforms: deque[float] = deque()  # of the next tokens, as far as they were looked at
         self._alterations = Alterations(options, prompt, self.end_token_ids, vocab_size)
         self._inverse_temperature = np.float32(1)
         if options.temperature > 0:
@@ -243,6 +252,24 @@ class Sampler:
     def query(self) -> Query:
         """What the next pass is to say of its logits."""
         return self._query
+
+    def draws(self) -> tuple[Draw, Draw] | None:
+        """How the next two tokens are going to be drawn; None if that takes more than exact candidates.
+
+        A hint to decoders: a token is what `sample` says, whose sums are rounded in another way. Their random
+        numbers leave the generator here, and are kept until `sample` gets there.
+        """
+        options, ends = self._options, self._ends
+        is_greedy = options.temperature == 0
+        if self._alterations.are_possible or not (is_greedy or self._truncates):
+            return None
+        if is_greedy:
+            return (Draw(0.0, 1.0, 0.0, 1, ends),) * 2
+        while len(self._uniforms) < 2:
+            self._uniforms.append(self._random.random())
+        first, second = self._uniforms
+        how = options.top_p, options.min_p, options.top_k, ends
+        return Draw(first, *how), Draw(second, *how)
 
     def queries(self, drafts: Sequence[int]) -> tuple[Query, ...]:
         """What a pass of the newest token and of `drafts` [n] is to say: n + 1 queries, one per row.
@@ -265,7 +292,7 @@ class Sampler:
 
         Raises GenerationError if bias and bans leave no token.
         """
-        uniform = self._random.random()
+        uniform = self._uniforms.popleft() if self._uniforms else self._random.random()
         altered = token = scores = None
         if not self._is_overfull:
             altered = self._alterations.apply(candidates.queried)

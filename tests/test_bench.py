@@ -327,9 +327,9 @@ def test_measured_passes_are_the_ones_named(monkeypatch):
             calls.append((len(tokens), start))
             return super().forward(tokens, start, logits)
 
-        def begin(self, works: Sequence[Work], ahead: bool = False) -> None:
+        def begin(self, works: Sequence[Work], *hints: Any) -> None:
             calls.extend((len(work.tokens), work.start) for work in works)
-            super().begin(works, ahead)
+            super().begin(works, *hints)
 
     monkeypatch.setattr(bench, "check_logits", lambda *_: 0.0)
     monkeypatch.setattr(
@@ -662,9 +662,9 @@ class Counting(CPUDecoder):
 
     passes = 0
 
-    def begin(self, works: Any, ahead: bool = False) -> None:
+    def begin(self, works: Any, *hints: Any) -> None:
         self.passes += 1
-        super().begin(works, ahead)
+        super().begin(works, *hints)
 
 
 def test_a_replay_says_the_text_whatever_the_model_says():

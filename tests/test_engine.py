@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from test_model import write_tokenizer
 from tiny import tiny_config, write_checkpoint
 
-from ffmini.candidates import NON_FINITE
+from ffmini.candidates import NON_FINITE, Draw
 from ffmini.errors import BusyError, GenerationError
 from ffmini.generation import Completion, Timings
 from ffmini.model import Model, load
@@ -115,9 +116,9 @@ def test_sequences_enter_as_others_leave(batched: Model, monkeypatch: pytest.Mon
     sizes = []
     begin = batched._decoder.begin
 
-    def count(works: Any, ahead: bool = False) -> None:
+    def count(works: Any, *hints: Any) -> None:
         sizes.append(len(works))
-        begin(works, ahead)
+        begin(works, *hints)
 
     monkeypatch.setattr(batched._decoder, "begin", count)
     lengths = [2, 9, 3, 8, 4]
@@ -131,13 +132,38 @@ def test_passes_go_ahead_for_one_sequence_only(batched: Model, monkeypatch: pyte
     calls = []
     begin = batched._decoder.begin
 
-    def note(works: Any, ahead: bool = False) -> None:
-        calls.append((len(works), ahead))
-        begin(works, ahead)
+    def note(works: Any, *hints: Any) -> None:
+        calls.append((len(works), *hints))
+        begin(works, *hints)
 
     monkeypatch.setattr(batched._decoder, "begin", note)
     batched.generate(["a", "b"], max_new_tokens=[2, 5], ignore_eos=True)
-    assert calls == [(2, False)] * 2 + [(1, True)] * 2 + [(1, False)]
+    greedy = (Draw(0.0, 1.0, 0.0, 1, ()),) * 2
+    assert calls == [(2, False, None)] * 2 + [(1, True, greedy)] * 2 + [(1, False, None)]
+
+
+@pytest.mark.parametrize("guesses", [0, 3])
+def test_the_next_tokens_are_said_to_be_drawn(
+    batched: Model, monkeypatch: pytest.MonkeyPatch, guesses: int
+) -> None:
+    """Each pass says how its own token will be drawn and the next one's; none do where guesses may come."""
+    said = []
+    begin = batched._decoder.begin
+
+    def note(works: Any, ahead: bool, draws: Any) -> None:
+        said.append(draws)
+        begin(works, ahead, draws)
+
+    monkeypatch.setattr(batched._decoder, "begin", note)
+    options = {"temperature": 0.7, "top_k": 5, "seed": 3, "ignore_eos": True, "max_new_tokens": 6}
+    options["stop_token_ids"] = [9]
+    batched.generate("go", prompt_lookup_num_tokens=guesses, **options)
+    uniforms = np.random.Generator(np.random.PCG64(3)).random(6).tolist()
+    draws = [Draw(uniform, 1.0, 0.0, 5, (9,)) for uniform in uniforms]
+    if guesses:
+        assert not any(said)
+    else:
+        assert said == [*itertools.pairwise(draws), None]
 
 
 # ---- streams that are closed ---------------------------------------------------------------------------
@@ -323,9 +349,9 @@ def passes(batched: Model, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     counts: list[list[int]] = []
     begin = batched._decoder.begin
 
-    def count(works: Any, ahead: bool = False) -> None:
+    def count(works: Any, *hints: Any) -> None:
         counts.append([len(work.queries) for work in works])
-        begin(works, ahead)
+        begin(works, *hints)
 
     monkeypatch.setattr(batched._decoder, "begin", count)
     return counts
@@ -424,9 +450,9 @@ def computed(batched: Model, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int,
     begin, forward = batched._decoder.begin, batched._decoder.forward
     forget(batched)
 
-    def note_begin(works: Any, ahead: bool = False) -> None:
+    def note_begin(works: Any, *hints: Any) -> None:
         rows.extend((work.slot, work.start, len(work.tokens)) for work in works)
-        begin(works, ahead)
+        begin(works, *hints)
 
     def note_forward(tokens: np.ndarray, start: int, logits: str = "last", slot: int = 0) -> np.ndarray:
         rows.append((slot, start, len(tokens)))

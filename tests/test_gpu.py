@@ -36,8 +36,10 @@ from ffmini.cpu import CPUDecoder
 from ffmini.errors import DeviceError, GenerationError
 from ffmini.layout import KV_DTYPES
 from ffmini.model import bundled_model_path
+from ffmini.options import GenerationOptions
 from ffmini.packing import PackedModel
 from ffmini.passes import Work
+from ffmini.sampler import Sampler
 from ffmini.shapes import SHAPES
 from ffmini.tokenizer import Tokenizer
 
@@ -77,7 +79,8 @@ def pack(directory: Path, family: str, dtype: str, group_size: int = 128, **chan
 
 def poison(decoder: gpu.GPUDecoder) -> None:
     """Every output that the next pass must write holds NaN; stale packets keep their old tags."""
-    decoder._logits.fill(np.nan)
+    for logits in decoder._logits:
+        logits.fill(np.nan)
 
 
 def check_last_pass(
@@ -340,6 +343,62 @@ def test_passes_ahead_say_the_same(tmp_path: Path) -> None:
             same([x[: packed.config.vocab_size]], [y[: packed.config.vocab_size]])
             for x, y in zip(found, expected, strict=False)
         )
+
+
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "top_k and top_p": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+    "top_p": {"temperature": 0.05, "top_p": 0.9},
+    "min_p, and all logits for logprobs": {"temperature": 0.1, "min_p": 0.2, "logprobs": 2},
+}
+
+
+def run_sampled(decoder: gpu.GPUDecoder, count: int, draws: bool, pause: float, **options: Any) -> list[Any]:
+    """What the sampler makes of `count` passes ahead; with `draws` the device draws their tokens too."""
+    sampler = Sampler(
+        GenerationOptions(seed=5, **options), np.ones(1, np.int64), (), decoder.config.vocab_size
+    )
+    token, found = 1, []
+    for position in range(count):
+        work = Work(0, np.array([token]), position, (sampler.query(),))
+        decoder.begin([work], ahead=True, draws=sampler.draws() if draws else None)
+        time.sleep(pause)
+        [[said]] = decoder.candidates()
+        if decoder._waiting is not None:
+            assert (decoder._waiting.drawn is not None) == draws
+        token, logprobs = sampler.sample(said)
+        decoder.deliver(token, sampler.query())
+        found.append((token, logprobs))
+    decoder.settle()
+    return found
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_drawn_tokens(tmp_path: Path, name: str) -> None:
+    """The text is that of tokens that the host sends, with a slow host too and in any build and grid."""
+    packed = pack(tmp_path, "llama2", "int8", vocab_size=32003)
+    options = SAMPLINGS[name]
+    for build in ({}, {"rows": (8,), "blocks": 40, "bulk_copies": False}):
+        decoder = gpu.GPUDecoder(packed, 128, progress=False, **build)
+        expected = run_sampled(decoder, 128, False, 0.0, **options)
+        for pause in (0.0, 0.005):
+            before = decoder._pass
+            assert run_sampled(decoder, 128, True, pause, **options) == expected
+            assert decoder._pass == before + 128  # none was in vain
+        decoder.close()
+
+
+def test_many_drawn_tokens(tmp_path: Path) -> None:
+    """20,000 tokens, across the wrap of the pass number, with a host that is late at times."""
+    packed = pack(tmp_path, "llama2", "int4", num_hidden_layers=1, vocab_size=96)
+    decoder = gpu.GPUDecoder(packed, 64, rows=(1,), test_pauses=True, progress=False)
+    expected = run_sampled(decoder, 64, False, 0.0, temperature=0.8, top_k=4)
+    decoder._pass = decoder._checked = (2**32 - 2) // 2 - 5000
+    for i in range(20_000 // 64):
+        pause = 0.0002 if i % 8 == 0 else 0.0
+        assert run_sampled(decoder, 64, True, pause, temperature=0.8, top_k=4) == expected, i
+    assert decoder._pass < 100_000
+    decoder.close()
 
 
 def test_another_thread(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from comparison import ask, check_candidates, query
 from sim_cases import Case, pack_case
 
 from ffmini import gpu
-from ffmini.candidates import MAX_QUERIED, Candidates, Query
+from ffmini.candidates import MAX_QUERIED, Candidates, Draw, Query, summarise
 from ffmini.errors import DeviceError, GenerationError, MemoryBudgetError
 from ffmini.kernel import (
     AWAITED,
@@ -30,6 +30,7 @@ from ffmini.kernel import (
     MAIL_APPEND,
     MAIL_LEAVE,
     MAX_ROWS,
+    NO_DRAW,
     PANEL_ROWS,
     PASS_ARGS,
     chunk_scratch_bound,
@@ -38,8 +39,10 @@ from ffmini.kernel import (
 from ffmini.launch import ChunkBuild, PassBuild
 from ffmini.layout import VectorLayout
 from ffmini.numerics import join_vectors, quantize_vectors
+from ffmini.options import GenerationOptions
 from ffmini.passes import Work
 from ffmini.results import HostMemory
+from ffmini.sampler import Ranking, Sampler, draw, survivors
 
 VOCAB, LISTED, MAX_SEQ_LEN, SLOTS = 300, 60, 40, 3
 
@@ -57,10 +60,22 @@ def list_candidates(logits: np.ndarray, ids: np.ndarray, inverse_temperature: fl
     total = np.exp((logits[others] - logits[listed[0]]) * inverse_temperature).sum()
     split = 1 + len(ids)
     end = split + len(listed)
-    packets["id"][0], packets["complete"][0], packets["value"][0] = len(listed), 0, total
+    packets["id"][0], packets["about"][0], packets["value"][0] = len(listed), 0, total
     packets["value"][1:split] = logits[ids]
     packets["id"][split:end], packets["value"][split:end] = listed, logits[listed]
     return end
+
+
+def draw_place(packets: Any, asked: Any, inverse_temperature: float) -> int | None:
+    """The place among a row's candidates of the token that the device draws as it is `asked`, DRAW []."""
+    if asked["top_k"] == NO_DRAW:
+        return None
+    options: Any = SimpleNamespace(**{name: asked[name].item() for name in ("top_k", "top_p", "min_p")})
+    end = 1 + min(options.top_k or LISTED, packets["id"][0])
+    ranking = Ranking(packets["id"][1:end], packets["value"][1:end], False)
+    reached = survivors(ranking, options, np.array(inverse_temperature), packets["value"][0])
+    place = None if reached is None else draw(reached, asked["uniform"].item())
+    return None if place is None or ranking.ids[place] in asked["ends"] else place
 
 
 class Device(threading.Thread):
@@ -72,6 +87,9 @@ class Device(threading.Thread):
         self.log: list[tuple[int, str]] = []  # of each pass: its first position, how it went
         self.passes: list[np.ndarray] = []  # their arguments
         self.trouble: str | None = None  # of the next pass
+        self.troubles: dict[int, str] = {}  # of the next pass at a position
+        self.mail = (0, 0)  # from pass to pass: the number of the one that gets it, its token
+        self.wrong_draws: set[int] = set()  # positions whose next tokens are not drawn right
         self.ended: set[int] = set()
         self.logits: list[np.ndarray] = []  # of the last pass's rows
 
@@ -85,8 +103,11 @@ class Device(threading.Thread):
 
     def run_pass(self, args: np.ndarray) -> str:
         number, row = int(args["pass"]), int(args["num_rows"]) - 1
-        token, append = int(args["rows"]["token"][row]), int(args["append"])
-        if token == AWAITED:
+        token, append, outcome = int(args["rows"]["token"][row]), int(args["append"]), "plain"
+        if token == AWAITED and self.mail[0] == number:
+            token, outcome = self.mail[1], "drawn"
+        elif token == AWAITED:
+            outcome = "awaited"
             end = time.perf_counter() + 1e-9 * float(args["token_limit_ns"])
             while (mail := int(self.host.mailbox[0])) & 0xFFFFFFFF != number:
                 if time.perf_counter() > end:
@@ -96,7 +117,10 @@ class Device(threading.Thread):
             token, append = (mail >> 32) % MAIL_APPEND, mail >> 63
             if token == MAIL_LEAVE:
                 return "left"
-        trouble, self.trouble = self.trouble, None
+        position = int(args["rows"]["position"][row])
+        trouble = self.troubles.pop(position, None)
+        if trouble is None:
+            trouble, self.trouble = self.trouble, None
         if trouble == "gave up":
             self.host.status["stage"], self.host.status["gave_up"] = 8, number
         if trouble is not None and trouble != "non-finite":
@@ -104,9 +128,10 @@ class Device(threading.Thread):
         self.logits = [self.logits_of_row(args, i, token) for i in range(row + 1)]
         if trouble == "non-finite":
             self.logits[row][7] = np.nan
+            self.host.status["non_finite"] = number
         if args["candidates"]:
             self.leave_candidates(args, token, append)
-        return "awaited" if int(args["rows"]["token"][row]) == AWAITED else "plain"
+        return outcome
 
     def logits_of_row(self, args: np.ndarray, row: int, awaited: int) -> np.ndarray:
         token, position, slot = (int(x) for x in args["rows"][row])
@@ -120,13 +145,19 @@ class Device(threading.Thread):
             if appends:
                 own = int(args["rows"]["token"][row])
                 self.ids[place, known] = token if own == AWAITED else own
-            said = np.zeros_like(self.host.results[row])
+            results = self.host.results[self.host.addresses.index(args["candidates"])]
+            said = np.zeros_like(results[row])
             ids = self.ids[place, : known + appends]
             temperature = float(args["inverse_temperature"][row])
             count = list_candidates(self.logits[row], ids, temperature, said)
+            drawn = draw_place(said, args["draw"], temperature)
+            if drawn is not None and np.isfinite(said["value"][:count]).all():
+                drawn += int(args["rows"]["position"][row]) in self.wrong_draws
+                said["about"][0] |= 2 * (drawn + 1)
+                self.mail = int(args["pass"]) + 1, int(said["id"][1 + drawn])
             said["tag"] = int(args["pass"])
             for end in (1, count // 2, count):  # the header may overtake what it announces
-                self.host.results[row, :end] = said[:end]
+                results[row, :end] = said[:end]
                 time.sleep(1e-4)
 
 
@@ -143,6 +174,7 @@ class HostSide(gpu.GPUDecoder):
         self._pass = self._checked = self._listed = 0
         self._gave_up: Any = np.zeros(1, np.uint32)
         self._waiting = self._delivered = None
+        self._mail: Any = np.zeros(2, np.uint64)
         self._closed = False
         self._begun, self._abandoned = None, False
         self._lists = [gpu._List() for _ in range(MAX_ROWS)]
@@ -177,6 +209,9 @@ class HostSide(gpu.GPUDecoder):
         number = int(self._args["pass"])
         self.launched[number % 2] = number
         self.fake.queue.put(self._args.copy())
+
+    def _logits_of(self, number: int) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(ptr=1000 + number % 2))
 
     def finish(self, wanted: int = 0) -> np.ndarray:
         self._check_status()
@@ -312,7 +347,9 @@ def test_loading_makes_one_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert loading.made == ["1"]
     needed = packed.nbytes + gpu.kv_cache_bytes(packed.config, 64)
     needed += (
-        (9 << 20) + 4 * 8 * packed.config.vocab_size + chunk_scratch_bound(packed.config, packed.layouts, 64)
+        (9 << 20)
+        + 2 * 4 * 8 * packed.config.vocab_size
+        + chunk_scratch_bound(packed.config, packed.layouts, 64)
     )
     products = product_bytes(packed.layouts, 8)
     assert products == 96 * 8 * 2 * packed.layouts["down_proj"].tiles
@@ -731,6 +768,186 @@ def test_bad_works() -> None:
     assert decoder.outcomes() == []
 
 
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "top_k": {"temperature": 0.9, "top_k": 20},
+    "top_k and top_p": {"temperature": 1.5, "top_k": 50, "top_p": 0.8},
+    "top_p": {"temperature": 0.7, "top_p": 0.9},
+    "min_p": {"temperature": 1.2, "min_p": 0.1, "top_p": 0.95},
+}
+
+
+class Drawing:
+    """A text of `decoder`, token by token as generate() makes it, and what it must be."""
+
+    def __init__(self, decoder: HostSide, **options: Any) -> None:
+        self.decoder, self.position, self.token = decoder, 0, 4
+        self.sampler, self.exact = (
+            Sampler(GenerationOptions(seed=3, **options), np.zeros(1, np.int64), (), VOCAB) for _ in range(2)
+        )
+
+    def begin(self) -> None:
+        work = Work(0, np.array([self.token]), self.position, (self.sampler.query(),))
+        self.decoder.begin([work], ahead=True, draws=self.sampler.draws())
+
+    def take(self) -> None:
+        """The next token; what it is drawn from and itself are checked."""
+        [[found]] = self.decoder.candidates()
+        check(found, self.token, self.position, self.sampler.query())
+        logits = logits_of_pass(self.token, self.position)
+        token = self.sampler.sample(found._replace(fetch=logits.copy))[0]
+        assert token == self.exact.sample(summarise(logits, self.exact.query()))[0]
+        self.token, self.position = token, self.position + 1
+        self.decoder.deliver(token, self.sampler.query())
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.begin()
+            self.take()
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_tokens_that_the_device_draws(name: str) -> None:
+    """No pass waits for the host, which sends no mail; the text is as ever."""
+    decoder = HostSide()
+    Drawing(decoder, **SAMPLINGS[name]).step(20)
+    assert decoder.outcomes() == [(0, "plain"), *((position, "drawn") for position in range(1, 21))]
+    assert int(decoder._host.mailbox[0]) == 0
+
+
+def test_a_host_that_is_late() -> None:
+    """The pass behind is done before the results of the one before it are read: both are there."""
+    decoder = HostSide()
+    text = Drawing(decoder, **SAMPLINGS["top_p"])
+    for _ in range(5):
+        text.begin()
+        decoder.fake.queue.join()
+        text.take()
+    passes = decoder.fake.passes
+    assert all(int(args["logits"]) == 1000 + int(args["pass"]) % 2 for args in passes)
+    assert decoder.fake.log == [(0, "plain"), *((position, "drawn") for position in range(1, 6))]
+
+
+def test_a_token_that_is_drawn_wrong() -> None:
+    """Its pass is in vain, another one gets the right token, and those behind are drawn again."""
+    decoder = HostSide()
+    decoder.fake.wrong_draws = {2, 4}
+    Drawing(decoder, **SAMPLINGS["top_k"]).step(7)
+    positions = [0, 1, 2, 3, 3, 4, 5, 5, 6, 7]
+    outcomes = dict.fromkeys(positions, "drawn") | {0: "plain"}
+    expected = [(position, outcomes[position]) for position in positions]
+    expected[4] = (3, "plain")
+    expected[7] = (5, "plain")
+    assert decoder.outcomes() == expected
+
+
+def test_a_token_that_cannot_be_drawn() -> None:
+    """More tokens count than are listed: the host sends it."""
+    decoder = HostSide()
+    Drawing(decoder, temperature=1.0, top_k=LISTED + 1).step(5)
+    awaited = [(position, "awaited") for position in range(1, 6)]
+    assert decoder.outcomes() == [(0, "plain"), *awaited]
+
+
+def test_draws_are_followed_by_something_else() -> None:
+    """A query for ids, another slot: the pass that has got a token is in vain."""
+    decoder = HostSide()
+    text = Drawing(decoder, **SAMPLINGS["top_k"])
+    text.step(3)
+    check(ask(decoder, np.array([text.token]), 3, query([5])), text.token, 3, query([5]))
+    text.position = 4
+    text.step(2)
+    text.begin()
+    [[found]] = decoder.candidates()
+    drawn = text.sampler.sample(found)[0]
+    asked = query([drawn], 0.9)
+    check(ask(decoder, np.array([drawn]), 7, asked, ahead=True), drawn, 7, asked)
+    text.position = 8
+    text.step(1)
+    text.begin()
+    decoder.candidates()
+    run(decoder, [Work(1, np.array([6]), 7, (query([2]),))], ahead=True)
+    run(decoder, [Work(1, np.array([7]), 8, (query([2, 7]),))])
+
+
+@pytest.mark.parametrize("trouble", ["non-finite", "gave up"])
+def test_trouble_of_a_pass_in_vain(trouble: str) -> None:
+    """Is nobody's: the text has ended, and others go on."""
+    decoder = HostSide()
+    text = Drawing(decoder, **SAMPLINGS["top_k"])
+    text.step(3)
+    decoder.fake.troubles[4] = trouble
+    text.begin()
+    decoder.candidates()
+    assert np.array_equal(decoder.forward(np.array([9]), 1)[0], logits_of_pass(9, 1))
+    assert decoder.fake.troubles == {}
+    check(ask(decoder, np.array([7]), 1, query([3])), 7, 1, query([3]))
+
+
+def test_no_pass_follows_the_end() -> None:
+    """The device does not give on a token that ends the text: the pass behind waits, and leaves."""
+    plain = Drawing(HostSide(), **SAMPLINGS["top_p"])
+    plain.step(4)
+    decoder = HostSide()
+    text = Drawing(decoder, **SAMPLINGS["top_p"], stop_token_ids=(1, plain.token, 2))
+    text.step(3)
+    text.begin()
+    [[found]] = decoder.candidates()
+    assert text.sampler.sample(found)[0] == plain.token
+    outcomes = [(position, "drawn") for position in range(1, 4)]
+    assert decoder.outcomes() == [(0, "plain"), *outcomes, (4, "left")]
+
+
+@pytest.mark.parametrize("length", [3, 20])
+def test_draws_behind_a_prompt(length: int) -> None:
+    """In a pass of several rows, or a chunk: its last row's token is drawn too."""
+    decoder, _ = chunked()
+    text, prompt = Drawing(decoder, **SAMPLINGS["top_k"]), np.arange(1, length + 1)
+    text.token, text.position = length, length - 1
+    decoder.begin([Work(0, prompt, 0, (text.sampler.query(),))], ahead=True, draws=text.sampler.draws())
+    text.take()
+    text.step(3)
+    outcomes = [outcome for _, outcome in decoder.outcomes()]
+    assert outcomes == ["plain"] + ["drawn"] * 4
+
+
+@pytest.mark.parametrize("name", ["deliver", "_can_answer", "_start", "_list", "_await_results", "_assemble"])
+def test_an_interrupt_among_draws(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Wherever it comes, the next text is right from its first token on."""
+    inner = getattr(gpu.GPUDecoder, name)
+    for after in (False, True):
+        decoder = HostSide()
+        text = Drawing(decoder, **SAMPLINGS["top_k"])
+        text.step(2)
+
+        def interrupted(*args: Any, after: bool = after) -> None:
+            if after:
+                inner(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu.GPUDecoder, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                text.step()
+        Drawing(decoder, **SAMPLINGS["top_p"]).step(4)
+        decoder.settle()
+
+
+def test_draws_when_the_numbers_begin_again() -> None:
+    decoder = HostSide()
+    decoder._pass = decoder._checked = decoder._last_number - 6
+    Drawing(decoder, **SAMPLINGS["top_k"]).step(12)
+    assert decoder._pass < 12 and decoder.outcomes().count((7, "drawn")) == 1
+
+
+def test_bad_draws() -> None:
+    decoder, draws = HostSide(), (Draw(0.5, 1.0, 0.0, 1, ()),) * 2
+    for ahead, ids in ((False, []), (True, [3])):
+        with pytest.raises(ValueError, match="draws: a pass ahead of a query without ids expected"):
+            decoder.begin([Work(0, np.array([1]), 0, (query(ids),))], ahead, draws)
+    assert decoder.outcomes() == []
+
+
 class HeldCache(np.ndarray):
     """An array as CuPy's, on the device."""
 
@@ -839,6 +1056,7 @@ def decoder_on(cuda: Cuda) -> gpu.GPUDecoder:
     build._function, build.blocks, build.threads, build.shared_bytes = 7, 5, 640, 99
     build.exchange = SimpleNamespace(data=SimpleNamespace(ptr=8))
     decoder._builds = {4: build}
+    decoder._logits = [SimpleNamespace(data=SimpleNamespace(ptr=ptr)) for ptr in (600, 700)]
     decoder._set_args(np.zeros((), PASS_ARGS))
     return decoder
 
@@ -854,6 +1072,7 @@ def test_a_launch_is_on_the_decoders_device(device: int, context: int) -> None:
     pointer = ctypes.c_uint64.from_address(params).value
     args = np.frombuffer(ctypes.string_at(pointer, PASS_ARGS.itemsize), PASS_ARGS)[0]
     assert (args["pass"], args["exchange"], args["num_rows"], args["logits_rows"]) == (3, 8, 3, 2)
+    assert args["logits"] == 700
     assert args["rows"][:3].tolist() == [(11, 20, 0), (12, 21, 0), (13, 7, 2)]
 
 

@@ -104,6 +104,7 @@ def struct_checks(structs: dict[str, np.dtype]) -> str:
 
 STRUCTS = {
     "Row": kernel.ROW,
+    "Draw": kernel.DRAW,
     "Status": kernel.STATUS,
     "PassArgs": kernel.PASS_ARGS,
     "BuildInfo": kernel.BUILD_INFO,
@@ -119,6 +120,8 @@ CONSTANTS = (
     "AWAITED",
     "MAIL_APPEND",
     "MAIL_LEAVE",
+    "MAX_ENDS",
+    "NO_DRAW",
 )
 
 

@@ -28,7 +28,7 @@ from ffmini.convert import convert
 from ffmini.errors import BusyError, CheckpointError, DeviceError, GenerationError, UnsupportedError
 from ffmini.generation import StopFilter, Timings, Usage
 from ffmini.model import Model, context_limit, load
-from ffmini.passes import check_works
+from ffmini.passes import check_draws, check_works
 from ffmini.tokenizer import Tokenizer
 
 EOS = 256
@@ -111,8 +111,9 @@ class ScriptedDecoder:
         finally:
             self._inside.release()
 
-    def begin(self, works, ahead=False):
+    def begin(self, works, ahead=False, draws=None):
         self.ahead.append(ahead)
+        check_draws(draws, works, ahead)
         assert self._said is None, "passes begun twice"
         check_works(works, ahead, self.num_slots, self.max_rows, MAX_SEQ_LEN, VOCAB)
         self._said = []

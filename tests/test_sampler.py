@@ -184,6 +184,36 @@ def test_token_i_meets_random_number_i_whatever_the_options():
     assert greedy._random.random() == numbers[3]
 
 
+def test_looking_at_the_next_draws_changes_no_token():
+    """However often, and when; they are the numbers that the tokens meet."""
+    options = {"temperature": 0.9, "top_k": 6, "top_p": 0.9, "min_p": 0.01, "seed": 5}
+    plain, looking = make_sampler(64, **options), make_sampler(64, **options)
+    rng, uniforms = np.random.default_rng(0), np.random.Generator(np.random.PCG64(5)).random(60).tolist()
+    for i in range(50):
+        for _ in range(rng.integers(3)):
+            assert looking.draws() == tuple((u, 0.9, 0.01, 6, ()) for u in uniforms[i : i + 2])
+        logits = rng.standard_normal(64).astype(np.float32)
+        assert pick(looking, logits) == pick(plain, logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({"temperature": 0}, ((0.0, 1.0, 0.0, 1, ()),) * 2),
+        ({"temperature": 1.0}, None),
+        ({"temperature": 1.0, "top_k": 64}, None),
+        ({"temperature": 0, "repetition_penalty": 1.2}, None),
+        ({"temperature": 0, "presence_penalty": 0.1}, None),
+        ({"temperature": 0, "frequency_penalty": 0.1}, None),
+        ({"temperature": 0, "logit_bias": {3: 1.0}}, None),
+        ({"temperature": 0, "eos": (2,), "min_new_tokens": 1}, None),
+        ({"temperature": 0, "eos": (2,)}, ((0.0, 1.0, 0.0, 1, (2,)),) * 2),
+    ],
+)
+def test_draws_are_known_where_candidates_decide_and_none_is_altered(options, known):
+    assert make_sampler(64, **options).draws() == known
+
+
 def test_a_seed_is_drawn_and_reported():
     first, second = make_sampler(1000, temperature=1.0), make_sampler(1000, temperature=1.0)
     assert first.seed != second.seed

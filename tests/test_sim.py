@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,12 +45,15 @@ from sim_passes import BULK, COPY, deep_logits, fill_cache
 
 import ffmini.kernel
 import ffmini.layout
+from ffmini.candidates import Candidates, Draw
 from ffmini.cpu import CPUDecoder, QuantizedMatrix
 from ffmini.errors import GenerationError
 from ffmini.kernel import LISTED, MOST_LISTED
 from ffmini.layout import FORMATS, KEY_ROTATION, TILE_ROWS, VALUE_ROTATION
+from ffmini.options import GenerationOptions
 from ffmini.packing import PackedModel, vector_offsets
 from ffmini.passes import Work
+from ffmini.sampler import draw, rank, survivors
 
 BUILDS = {f"{build.family}-{build.dtype}": build for build in COVER}
 INT8_KV = (  # builds that run with int8 keys and values too: those of test_sim_chunk.py, and windows
@@ -57,6 +61,7 @@ INT8_KV = (  # builds that run with int8 keys and values too: those of test_sim_
     "mistral-bf16",
 )
 SANITIZED = ("llama_biases-int4-bf16", "llama_biases-bf16-bf16", "llama_biases-bf16-int8")
+NO_IDS = np.zeros(0, np.int32)
 SMALL = Case("llama2", "bf16", rows=8)
 
 
@@ -561,6 +566,76 @@ def test_candidates(pack: Callable[[Case], PackedModel], name: str) -> None:
             decoder.blocks, decoder.seed, ids = blocks, 7 * i, np.array(ids, np.int32)
             for row, found in decoder.listed(tokens, 0, ids, wanted).items():
                 check_candidates(found, logits[row], ids, 0.4 + row)
+
+
+DRAWS = {  # temperature, Draw without its uniform
+    "greedy": (1.0, (1.0, 0.0, 1)),
+    "top_k": (0.3, (1.0, 0.0, 5)),
+    "top_k of many": (0.5, (1.0, 0.0, 60)),
+    "top_p of top_k": (0.2, (0.7, 0.0, 33)),
+    "top_p": (0.05, (0.9, 0.0, 0)),
+    "top_p of flat logits": (3.0, (0.9, 0.0, 0)),
+    "min_p": (0.3, (1.0, 0.3, 0)),
+    "all three": (0.2, (0.95, 0.05, 7)),
+    "min_p decides": (0.1, (0.99999, 0.02, 0)),
+    "nearly everything": (0.4, (1.0, 1e-30, 0)),
+}
+
+
+OF_ALL = {"top_p of flat logits", "nearly everything"}  # what takes more than the exact candidates
+DRAWN = {  # vocabulary, rows, grids, what is not drawn at times
+    "all are listed": (8, 1, (1, 2), set()),
+    "few are exact": (515, 8, (2, 7), OF_ALL | {"top_k of many", "top_p of top_k"}),
+    "many are exact": (544, 1, (34,), OF_ALL),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_draws(pack: Callable[[Case], PackedModel], name: str) -> None:
+    """A pass draws the token that the sampler does from its candidates; none if they don't decide."""
+    vocab, rows, grids, missing = DRAWN[name]
+    packed = pack(Case("llama2", changes={"vocab_size": vocab, "num_hidden_layers": 1}))
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=rows, blocks=grids[-1])
+    tokens = case_tokens(packed, rows)
+    uniforms, drawn = [0.0, 1 - 2**-53, *np.random.default_rng(0).random(2)], {}
+    for (what, (temperature, how)), blocks in itertools.product(DRAWS.items(), grids):
+        decoder.blocks, scale = blocks, np.float32(1 / temperature)
+        for uniform in uniforms:
+            asked = Draw(uniform, *how, ())
+            found = decoder.listed(tokens, 0, NO_IDS, {rows - 1: scale}, draw=asked)[rows - 1]
+            expected = drawn_by_host(found, asked, float(scale))
+            assert decoder.drawn(rows - 1) == expected, (what, blocks, uniform)
+            drawn.setdefault(expected is not None, set()).add(what)
+    assert drawn.get(False, set()) == missing and drawn[True] >= set(DRAWS) - missing
+
+
+def test_what_is_not_given_to_the_pass_behind(pack: Callable[[Case], PackedModel]) -> None:
+    """A token that ends the text, any where something is queried, and where a logit is not finite."""
+    packed = pack(Case("llama2", changes={"vocab_size": 64, "num_hidden_layers": 1}))
+    decoder, tokens = SimDecoder(packed, MAX_SEQ_LEN, rows=1), case_tokens(packed, 1)
+    asked = Draw(0.4, 1.0, 0.0, 5, ())
+    decoder.listed(tokens, 0, NO_IDS, {0: 1.0}, draw=asked)
+    token = decoder.drawn()
+    others = tuple((token + i) % 64 for i in range(1, 4))
+    for ends, drawn in (((token,), None), ((*others, token), None), (others, token)):
+        decoder.listed(tokens, 0, NO_IDS, {0: 1.0}, draw=asked._replace(end_token_ids=ends))
+        assert decoder.drawn() == drawn
+    decoder.listed(tokens, 0, [others[0]], {0: 1.0}, draw=asked)
+    assert decoder.drawn() is None
+    decoder._arrays["norm"][...] = 3e38
+    with pytest.raises(GenerationError, match="non-finite"):
+        decoder.listed(tokens, 0, NO_IDS, {0: 1.0}, draw=asked)
+    assert (
+        decoder.drawn() is None and int(decoder._mail[(decoder._pass + 1) % 2]) % 2**32 != decoder._pass + 1
+    )
+
+
+def drawn_by_host(found: Candidates, asked: Draw, inverse_temperature: float) -> int | None:
+    """As Sampler does."""
+    options = GenerationOptions(top_k=asked.top_k, top_p=asked.top_p, min_p=asked.min_p)
+    ranking = rank(found, NO_IDS, np.zeros(0, np.float32), asked.top_k or len(found.ids))
+    reached = survivors(ranking, options, np.array(inverse_temperature), found.total)
+    return None if reached is None else int(ranking.ids[draw(reached, asked.uniform)])
 
 
 def test_the_last_of_many_rows(pack: Callable[[Case], PackedModel]) -> None:

@@ -28,6 +28,7 @@ from sim.mutations import (
 from sim_cases import DEEP, LARGE_SHARED_LIMIT, MAX_SEQ_LEN, Case, case_tokens, make_packer
 from sim_passes import BULK, COPY, INT8_KV_BUILD, deep_logits, fill_cache, lost_hand_overs, lost_packets
 
+from ffmini.candidates import Draw
 from ffmini.errors import GenerationError
 from ffmini.packing import PackedModel
 from ffmini.passes import Work
@@ -54,7 +55,7 @@ ACTIVATIONS = functools.partial(Edit, "activations.cuh")
 ATTENTION = functools.partial(Edit, "attention.cuh")
 # Builds besides BULK and COPY.
 ONE_ROW, WHOLE, OWN_TURNS, OWN_ROWS = "one row", "whole tiles", "turns of segments", "rows of a segment"
-ONE_WHOLE, WIDE_GRID = "whole tiles of one row", "blocks without a tile"
+ONE_WHOLE, WIDE_GRID, DRAWING = "whole tiles of one row", "blocks without a tile", "tokens drawn"
 STORE = "store_relaxed_128(packet, make_uint4(x, y, z, tag))"
 LOAD = "load_relaxed_128(at(i))"
 MISSING = "packet[i].w != tag"
@@ -259,7 +260,7 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     ),
     "header without a tag": (
         BULK,
-        [CANDIDATES("block.args.pass", "0u", "__float_as_uint(total), block.args.pass")],
+        [CANDIDATES("args.pass", "0u", "__float_as_uint(total), args.pass")],
     ),
     "queried logits without a tag": (
         BULK,
@@ -297,6 +298,34 @@ MUTATIONS: dict[str, tuple[str, list[Edit]]] = {
     "the buckets of the row before": (
         BULK,
         [CANDIDATES("s.held[block.thread] = 0", "s.held[block.thread] += 0")],
+    ),
+    # The token that a pass draws.
+    "any drawn token taken": (BULK, [CANDIDATES("static_cast<uint32_t>(drawn) == args.pass", "true")]),
+    "drawn for itself": (DRAWING, [CANDIDATES("(args.pass + 1) & 1", "args.pass & 1")]),
+    "drawn for any pass": (DRAWING, [CANDIDATES("args.pass + 1", "args.pass", "joined(args.pass + 1,")]),
+    "another one given than told": (
+        DRAWING,
+        [CANDIDATES("token", "token ^ 1", "static_cast<uint32_t>(token));")],
+    ),
+    "the end given on": (DRAWING, [CANDIDATES("token == draw.ends[i]", "false")]),
+    "drawn beside what is queried": (DRAWING, [CANDIDATES("num_queried == 0", "true")]),
+    "sums of the lanes before left out": (
+        DRAWING,
+        [CANDIDATES("block.lane() > 0 ? before : 0.0f", "0.0f * before")],
+    ),
+    "more than top_k": (DRAWING, [CANDIDATES("min_of(draw.top_k, listed)", "listed")]),
+    "less than top_k": (DRAWING, [CANDIDATES("draw.top_k == weights.count", "true")]),
+    "top_p of all where top_k is": (
+        DRAWING,
+        [CANDIDATES("draw.top_k > 0 ? weights.sum(block, left) : total", "total")],
+    ),
+    "top_p without the last": (DRAWING, [CANDIDATES("min_of(below + 1, left)", "min_of(below, left)")]),
+    "top_p not decided": (DRAWING, [CANDIDATES("decided || below < left", "true")]),
+    "no min_p": (DRAWING, [CANDIDATES("weights.of[i] >= draw.min_p", "true")]),
+    "min_p not decided": (DRAWING, [CANDIDATES("decided || likely < left", "true")]),
+    "drawn from more than are left": (
+        DRAWING,
+        [CANDIDATES("left", "listed", "draw.uniform * weights.sum(block, left)")],
     ),
     "mail not handed on": (BULK, [CANDIDATES("publish(packet, mail, 0, 0, tag)", "void()")]),
     "mail handed on empty": (
@@ -805,6 +834,42 @@ class WideGrid(OwnTurns):
         yield deep_logits(decoder, self.tokens[:8], 8)
 
 
+class Drawing(WideGrid):
+    """Passes that draw tokens, of candidates that more than a lane of a warp has."""
+
+    CASE = dataclasses.replace(
+        WideGrid.CASE, changes=WideGrid.CASE.changes | {"vocab_size": 544, "num_hidden_layers": 1}
+    )
+    BLOCKS, BUILT_FOR = (34, 20), 20
+    SEEDS = (0, 1)
+    DRAWS = (
+        Draw(0.6, 1.0, 0.0, 20, ()),
+        Draw(0.9, 0.8, 0.0, 20, ()),
+        Draw(0.3, 1.0, 0.0, 500, ()),
+        Draw(0.9, 0.3, 0.0, 0, ()),
+        Draw(0.9, 1.0, 0.5, 0, ()),
+        Draw(0.5, 0.9999, 0.0, 0, ()),
+        Draw(0.5, 1.0, 1e-9, 0, ()),
+    )
+
+    def results(self, decoder: SimDecoder) -> Iterator[np.ndarray]:
+        """Also: one of the drawn tokens ends the text, and something is queried."""
+        token, none = self.tokens[:1], np.zeros(0, np.int32)
+        for draw in self.DRAWS:
+            drawn = self.draw(decoder, none, draw)
+            yield drawn
+            if drawn[0] >= 0:
+                yield flat(decoder.listed(token, 1, none, {0: 3.0}, mailbox=0)[0])
+        end = int(self.draw(decoder, none, self.DRAWS[0]).item())
+        yield self.draw(decoder, none, self.DRAWS[0]._replace(end_token_ids=(1, 2, 3, end)))
+        yield self.draw(decoder, np.array([5]), self.DRAWS[0])
+
+    def draw(self, decoder: SimDecoder, ids: np.ndarray, how: Draw) -> np.ndarray:
+        decoder.listed(self.tokens[:1], 0, ids, {0: 3.0}, draw=how)
+        drawn = decoder.drawn()
+        return np.array([-1 if drawn is None else drawn], np.float32)
+
+
 @pytest.fixture(scope="module")
 def mutable(
     pack: Callable[[Case], PackedModel], tmp_path_factory: pytest.TempPathFactory
@@ -821,6 +886,7 @@ def mutable(
             OWN_TURNS: OwnTurns,
             OWN_ROWS: OwnRows,
             WIDE_GRID: WideGrid,
+            DRAWING: Drawing,
         }
         kind = kinds.get(name, Mutable)
         return kind(pack(kind.CASE), cuda, name if kind is Mutable else BULK)
@@ -829,7 +895,7 @@ def mutable(
 
 
 @pytest.mark.parametrize(
-    "ring", [BULK, COPY, INT8_KV_BUILD, ONE_ROW, WHOLE, ONE_WHOLE, OWN_TURNS, OWN_ROWS, WIDE_GRID]
+    "ring", [BULK, COPY, INT8_KV_BUILD, ONE_ROW, WHOLE, ONE_WHOLE, OWN_TURNS, OWN_ROWS, WIDE_GRID, DRAWING]
 )
 def test_no_mutation_is_right(mutable: Callable[[str], Mutable], ring: str) -> None:
     """In a child too, where mistakes are tried."""
@@ -927,6 +993,9 @@ def run_all(decoder: SimDecoder, tokens: np.ndarray, gives_up: bool) -> None:
     decoder.listed(tokens, 0, [3, 7], {0: 1.0}, append=True)
     mailbox = decoder.next_mail(int(tokens[0]), append=True)
     decoder.listed(tokens[:1], 0, [3, 7], {0: 1.0}, mailbox=mailbox)
+    for top_k in (500, 1):  # more than are listed, and one, which the pass behind gets
+        decoder.listed(tokens[:1], 0, [], {0: 1.0}, draw=Draw(0.5, 0.9, 0.0, top_k, ()))
+    decoder.listed(tokens[:1], 1, [], {0: 1.0}, mailbox=0)
     if not gives_up:
         return
     decoder.give_up = True

@@ -12,6 +12,7 @@ from sim.driver import EVENTS, NoTokenError, SimDecoder, SimError
 from sim_cases import DEEP, MAX_SEQ_LEN, Case, case_tokens, make_packer
 from sim_passes import deep_logits, fill_cache, lost_hand_overs, lost_packets
 
+from ffmini.candidates import Draw
 from ffmini.errors import GenerationError
 from ffmini.kernel import MAIL_LEAVE
 from ffmini.packing import PackedModel
@@ -167,6 +168,31 @@ def test_same_candidates(pack: Callable[[Case], PackedModel], build: str) -> Non
         found = decoder.listed(tokens, 0, ids, {0: 1.5}, append, mailbox)[0]
         assert same_bits(flat(found), flat(appended if append else expected)), f"seed {seed}"
         assert decoder._queried_ids[0, len(ids)] == (token if append else -1)
+
+
+@pytest.mark.parametrize("bulk_copies", [True, False])
+def test_a_drawn_token(pack: Callable[[Case], PackedModel], bulk_copies: bool) -> None:
+    """The pass behind has it, whatever the schedule is; no other pass takes it for its own."""
+    packed = pack(ONE_LAYER)
+    decoder = SimDecoder(packed, MAX_SEQ_LEN, rows=1, bulk_copies=bulk_copies)
+    tokens, none = case_tokens(packed, 1), np.zeros(0, np.int32)
+    drawn = {}
+    for seed in SEEDS[::5]:
+        decoder.seed, decoder.blocks = seed, 2 + seed % 2
+        asked = Draw(0.25 * (seed % 4), 1.0, 0.0, 5, ())
+        decoder.listed(tokens, 0, none, {0: 1.0}, draw=asked)
+        token = decoder.drawn()
+        found = decoder.listed(tokens, 1, none, {0: 1.5}, mailbox=0)[0]
+        assert decoder.drawn() is None and token == drawn.setdefault(asked, token)
+        expected = decoder.listed(np.array([token]), 1, none, {0: 1.5})[0]
+        assert same_bits(flat(found), flat(expected)), f"seed {seed}"
+        for between in (0, 1):
+            decoder.listed(tokens, 0, none, {0: 1.0}, draw=asked if between else None)
+            for _ in range(between):
+                decoder.listed(tokens, 0, none, {0: 1.0})
+            with pytest.raises(SimError, match=r"deadlock: .*candidates.cuh:\d+ for host memory"):
+                decoder.listed(tokens, 1, none, {0: 1.0}, mailbox=0)
+    assert len(set(drawn.values())) > 2
 
 
 @pytest.mark.parametrize("bulk_copies", [True, False])

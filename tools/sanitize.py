@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ffmini.bench import fill_cache, random_model
-from ffmini.candidates import Query
+from ffmini.candidates import Draw, Query
 from ffmini.config import parse_config
 from ffmini.gpu import GPUDecoder, why_unusable
 from ffmini.passes import Work
@@ -58,17 +58,27 @@ RUNS = [
 
 
 def make_passes(dtype: str, ring: str, rows: int) -> None:
-    """Two passes of `rows` rows, the last of which is asked for candidates and two other logits."""
+    """Two passes of `rows` rows, the last of which is asked for candidates and two other logits.
+
+    And two more, the second of which has the token that the first one draws.
+    """
     config = parse_config(SHAPES["llama-3.1-8b"] | {"vocab_size": 2048}, "llama-3.1-8b").first_layers(2)
     packed, bulk = random_model(config, dtype), ring == "bulk"
     options = {"rows": (rows,), "bulk_copies": bulk, "progress": False, "chunks": False}
-    with closing(GPUDecoder(packed, POSITION + rows, **options)) as decoder:
+    with closing(GPUDecoder(packed, POSITION + rows + 2, **options)) as decoder:
         fill_cache(decoder, POSITION)
         query = Query(np.array([3, 9], np.int32), np.float32(1.25))
         for _ in range(2):
             decoder.begin([Work(0, np.arange(rows) + 5, POSITION, (query,))])
             ((found,),) = decoder.candidates()
             print("candidates", *found.ids[:3], "logits", *found.logits[:3], flush=True)
+        plain, draw = query._replace(token_ids=query.token_ids[:0]), Draw(0.0, 0.9, 0.01, 20, (0,))
+        work = Work(0, np.arange(rows) + 5, POSITION, (plain,))
+        for _ in range(2):
+            decoder.begin([work], ahead=True, draws=(draw, draw))
+            ((found,),) = decoder.candidates()
+            print("drawn", *found.ids[:1], flush=True)
+            work = Work(0, found.ids[:1], work.start + len(work.tokens), (plain,))
 
 
 def check(run: Run, logs: Path) -> bool:

@@ -25,14 +25,16 @@ from pathlib import Path
 import numpy as np
 from packets import PACKET, packet_counts, stages
 
-from ffmini.candidates import MAX_QUERIED, Candidates, Query
+from ffmini.candidates import MAX_QUERIED, Candidates, Draw, Query
 from ffmini.errors import GenerationError
 from ffmini.kernel import (
     AWAITED,
     BUILD_INFO,
     CHUNK_ARGS,
     CHUNK_INFO,
+    MAX_ENDS,
     MODEL_ARGS,
+    NO_DRAW,
     PASS_ARGS,
     kernel_defines,
     layer_bytes,
@@ -375,6 +377,7 @@ class SimDecoder(SimKernel):
         self.exchange = guarded_array((packets,), PACKET)
         self._logits = guarded_array((self.rows, config.vocab_size), np.float32)
         self._gave_up = guarded_array((1,), np.uint32)
+        self._mail = guarded_array((2,), np.uint64)
         self._queried_ids = guarded_array((self.rows, MAX_QUERIED), np.int32)
         self._host = guarded_array((HostMemory.nbytes(self.rows),), np.uint8)
         self.host = HostMemory(self._host, self.rows)
@@ -395,6 +398,7 @@ class SimDecoder(SimKernel):
             "logits": self._logits,
             "queried_ids": self._queried_ids,
             "gave_up": self._gave_up,
+            "drawn": self._mail,
             "stage_times": self.stage_times,
         }
         if packed.embed_tokens is not None:
@@ -407,12 +411,13 @@ class SimDecoder(SimKernel):
         self._args["mailbox"] = self.host.mailbox.ctypes.data
         self._arrays["host memory"] = self._host
         self._args["num_slots"] = self.num_slots
+        self._args["draw"]["top_k"] = NO_DRAW
         self._args["spin_limit_ns"] = 10**9
         self._args["token_limit_ns"] = TOKEN_LIMIT_NS
 
     def reset(self) -> None:
         """As if no pass had been made: no packets, and pass numbers from the start."""
-        for array in (self.exchange, self._host, self._gave_up):
+        for array in (self.exchange, self._host, self._gave_up, self._mail):
             array.view(np.uint8)[...] = 0
         self._queried_ids[...] = -1
         self._pass = 0
@@ -466,18 +471,30 @@ class SimDecoder(SimKernel):
         inverse_temperatures: dict[int, float],
         append: bool = False,
         mailbox: int | None = None,
+        draw: Draw | None = None,
     ) -> dict[int, Candidates]:
         """One pass: what it says of each of the rows that have an inverse temperature, all asked for `ids`.
 
         With `append` each is asked for its own token too, which joins its ids on the device. With `mailbox`,
-        what the mailbox holds from before the launch on, the pass awaits its one token.
+        what the mailbox holds from before the launch on, the pass awaits its one token. With `draw` it draws
+        the next one; see drawn().
         """
         if mailbox is not None:
             self.host.mailbox[0] = mailbox
             tokens = np.array([AWAITED])
         queries = {row: Query(ids, x) for row, x in inverse_temperatures.items()}
         appended = list(queries) if append else []
-        return self.ask_rows([Work(0, tokens, start, ())], queries, appended)
+        if draw is not None:
+            ends = [*draw.end_token_ids, *(-1,) * MAX_ENDS][:MAX_ENDS]
+            self._args["draw"] = (*draw[:4], ends)
+        try:
+            return self.ask_rows([Work(0, tokens, start, ())], queries, appended)
+        finally:
+            self._args["draw"]["top_k"] = NO_DRAW
+
+    def drawn(self, row: int = 0) -> int | None:
+        """The token that the last pass has drawn for the one behind."""
+        return self.host.rows[self._pass % 2][row].drawn()
 
     def ask(self, works: Sequence[Work]) -> list[list[Candidates]]:
         """One pass of all works' rows: what it says of each work's queries."""
@@ -500,7 +517,7 @@ class SimDecoder(SimKernel):
             self._queried_ids[place, : len(ids)] = ids
             args["num_queried"][row] = counts[row] = len(ids)
             args["inverse_temperature"][row] = queries[row].inverse_temperature
-        args["candidates"] = self.host.results.ctypes.data
+        args["candidates"] = self.host.addresses[(self._pass + 1) % 2]
         try:
             self._run(works, list(queries))
         finally:
@@ -512,7 +529,7 @@ class SimDecoder(SimKernel):
 
     def assemble(self, row: int, num_queried: int) -> Candidates:
         """What the last pass says of a row; SimError if a packet of it is missing."""
-        results, fetched = self.host.rows[row], self._logits[row].copy()
+        results, fetched = self.host.rows[self._pass % 2][row], self._logits[row].copy()
         if not results.are_there(self._pass, num_queried):
             raise SimError(f"row {row}: results are missing")
         return results.assemble(num_queried, fetched.copy)
