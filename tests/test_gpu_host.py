@@ -9,7 +9,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -552,26 +552,32 @@ def test_what_cannot_be_the_awaited_token(tokens: list[Any]) -> None:
     assert decoder.outcomes() == [(0, "plain"), (1, "awaited")]
 
 
+@contextlib.contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, name: str, after: bool) -> Iterator[None]:
+    """What runs here ends in an interrupt before or after this method of a decoder."""
+    inner = getattr(gpu.GPUDecoder, name)
+
+    def interrupt(*args: Any) -> None:
+        if after:
+            inner(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gpu.GPUDecoder, name, interrupt)
+        yield
+
+
 @pytest.mark.parametrize("name", ["deliver", "_can_answer", "_ask", "_start", "_await_results"])
 def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Wherever it comes on a token's way to its pass, before or after: what is asked next is right.
 
     The token would join the queried ids.
     """
-    inner = getattr(gpu.GPUDecoder, name)
     for after in (False, True):
         decoder, asked = HostSide(), query([3, 7])
         ask(decoder, np.array([1]), 0, query([3]), ahead=True)
-
-        def interrupted(*args: Any, after: bool = after) -> None:
-            if after:
-                inner(*args)
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(gpu.GPUDecoder, name, interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                ask(decoder, np.array([7]), 1, asked, ahead=True)
+        with interrupted(monkeypatch, name, after):
+            ask(decoder, np.array([7]), 1, asked, ahead=True)
         for token in (8, 9):
             check(ask(decoder, np.array([token]), token - 6, asked, ahead=True), token, token - 6, asked)
         assert decoder._waiting is not None
@@ -914,21 +920,12 @@ def test_draws_behind_a_prompt(length: int) -> None:
 @pytest.mark.parametrize("name", ["deliver", "_can_answer", "_start", "_list", "_await_results", "_assemble"])
 def test_an_interrupt_among_draws(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Wherever it comes, the next text is right from its first token on."""
-    inner = getattr(gpu.GPUDecoder, name)
     for after in (False, True):
         decoder = HostSide()
         text = Drawing(decoder, **SAMPLINGS["top_k"])
         text.step(2)
-
-        def interrupted(*args: Any, after: bool = after) -> None:
-            if after:
-                inner(*args)
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(gpu.GPUDecoder, name, interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                text.step()
+        with interrupted(monkeypatch, name, after):
+            text.step()
         Drawing(decoder, **SAMPLINGS["top_p"]).step(4)
         decoder.settle()
 
