@@ -24,7 +24,6 @@ from .kernel import (
     CHUNK_ROWS,
     MAIL_LEAVE,
     MAX_BLOCKS,
-    MAX_ENDS,
     MAX_ROWS,
     MODEL_ARGS,
     NO_DRAW,
@@ -32,6 +31,7 @@ from .kernel import (
     PASS_ARGS,
     chunk_scratch_bound,
     copies_in_flight,
+    draw_args,
     has_bulk_copies,
     has_wgmma,
     kernel_defines,
@@ -56,7 +56,6 @@ MEMORY_CLOCK_RATE, GLOBAL_MEMORY_BUS_WIDTH = 36, 37  # CUDA's numbers of device 
 SPIN_SECONDS = 10.0
 AWAITED_TOKEN = np.array([AWAITED])
 UNDRAWN = (Draw(uniform=0.0, top_p=1.0, min_p=0.0, top_k=NO_DRAW, end_token_ids=()),) * 2
-NO_ENDS = (-1,) * MAX_ENDS
 NO_IDS = np.zeros(0, np.int32)
 CHUNK_LEAST = 2  # passes of rows that are no slower than a chunk of them
 TOKEN_SECONDS = 0.02  # a pass that was launched ahead waits so long for its token; its blocks can wait longer
@@ -804,8 +803,7 @@ class GPUDecoder:
             fields["num_queried"][one.row] = len(one.ids) - one.append
             fields["inverse_temperature"][one.row] = one.inverse_temperature
         fields["candidates"][...] = self._host.addresses[listing.number % 2]
-        ends = (draw.end_token_ids + NO_ENDS)[:MAX_ENDS]
-        fields["draw"][...] = (draw.uniform, draw.top_p, draw.min_p, draw.top_k, ends)
+        fields["draw"][...] = draw_args(draw)
         fields["append"][...] = append
         count = sum(len(work.tokens) for work in works)
         self._launch(listing.number, self._rows_for(count), works, wanted, residual)
@@ -968,19 +966,9 @@ class GPUDecoder:
             self.settle()
         with contextlib.suppress(DeviceError), self._on_device():
             self._cupy.cuda.get_current_stream().synchronize()  # passes write into pinned memory
-        for name in (
-            "_layers",
-            "_vectors",
-            "_lm_head",
-            "_embed",
-            "_norm",
-            "_rope",
-            "_logits",
-            "_device_ids",
-            "_mail",
-        ):
+        for name in ("_layers", "_vectors", "_lm_head", "_embed", "_norm", "_rope", "_logits", "_device_ids"):
             setattr(self, name, None)
-        self._gave_up = self.stage_times = self.key_cache = self.value_cache = None
+        self._gave_up = self._mail = self.stage_times = self.key_cache = self.value_cache = None
         self._args = self._fields = self._row_tokens = self._row_positions = self._row_slots = None
         self._host = self._fetched = None
         self._builds.clear()

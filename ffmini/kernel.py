@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .candidates import MAX_QUERIED
+from .candidates import MAX_QUERIED, Draw
 from .config import ModelConfig
 from .errors import DeviceError
 from .layout import (
@@ -346,6 +346,12 @@ def _model_defines(config: ModelConfig, layouts: dict[str, MatrixLayout]) -> dic
 def mail(number: int, token: int, append: bool = False) -> int:
     """The word in the mailbox that gives pass `number` its token, or MAIL_LEAVE."""
     return number | (token | MAIL_APPEND * append) << 32
+
+
+def draw_args(draw: Draw) -> tuple[float, float, float, int, tuple[int, ...]]:
+    """The device's struct, DRAW [], of how a sampler is going to draw a token."""
+    ends = (draw.end_token_ids + (-1,) * MAX_ENDS)[:MAX_ENDS]
+    return draw.uniform, draw.top_p, draw.min_p, draw.top_k, ends
 
 
 def has_bulk_copies(arch: str) -> bool:

@@ -233,7 +233,6 @@ class Sampler:
         self.seed = draw_seed() if options.seed is None else options.seed
         eos = () if options.ignore_eos else eos_token_ids
         self.end_token_ids = frozenset((*eos, *options.stop_token_ids))
-        self._ends = tuple(self.end_token_ids)
         if options.top_k >= vocab_size:
             options = dataclasses.replace(options, top_k=0)
         self._options = options
@@ -259,7 +258,7 @@ class Sampler:
         A hint to decoders: a token is what `sample` says, whose sums are rounded in another way. Their random
         numbers leave the generator here, and are kept until `sample` gets there.
         """
-        options, ends = self._options, self._ends
+        options, ends = self._options, tuple(self.end_token_ids)
         is_greedy = options.temperature == 0
         if self._alterations.are_possible or not (is_greedy or self._truncates):
             return None

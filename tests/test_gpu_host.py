@@ -27,6 +27,7 @@ from ffmini.errors import DeviceError, GenerationError, MemoryBudgetError
 from ffmini.kernel import (
     AWAITED,
     CHUNK_ROWS,
+    DRAW,
     MAIL_APPEND,
     MAIL_LEAVE,
     MAX_ROWS,
@@ -34,6 +35,7 @@ from ffmini.kernel import (
     PANEL_ROWS,
     PASS_ARGS,
     chunk_scratch_bound,
+    draw_args,
     product_bytes,
 )
 from ffmini.launch import ChunkBuild, PassBuild
@@ -935,6 +937,14 @@ def test_draws_when_the_numbers_begin_again() -> None:
     decoder._pass = decoder._checked = decoder._last_number - 6
     Drawing(decoder, **SAMPLINGS["top_k"]).step(12)
     assert decoder._pass < 12 and decoder.outcomes().count((7, "drawn")) == 1
+
+
+def test_the_ends_of_a_text_on_the_device() -> None:
+    """As many as it has room for; what is left of that is no token."""
+    for ends, expected in (((), [-1] * 4), ((7,), [7, -1, -1, -1]), ((1, 2, 3, 4, 5), [1, 2, 3, 4])):
+        args = np.array(draw_args(Draw(0.5, 0.25, 0.125, 7, ends)), DRAW)
+        assert [args[name].item() for name in ("uniform", "top_p", "min_p", "top_k")] == [0.5, 0.25, 0.125, 7]
+        assert args["ends"].tolist() == expected
 
 
 def test_bad_draws() -> None:

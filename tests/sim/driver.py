@@ -32,10 +32,10 @@ from ffmini.kernel import (
     BUILD_INFO,
     CHUNK_ARGS,
     CHUNK_INFO,
-    MAX_ENDS,
     MODEL_ARGS,
     NO_DRAW,
     PASS_ARGS,
+    draw_args,
     kernel_defines,
     layer_bytes,
     mail,
@@ -485,8 +485,7 @@ class SimDecoder(SimKernel):
         queries = {row: Query(ids, x) for row, x in inverse_temperatures.items()}
         appended = list(queries) if append else []
         if draw is not None:
-            ends = [*draw.end_token_ids, *(-1,) * MAX_ENDS][:MAX_ENDS]
-            self._args["draw"] = (*draw[:4], ends)
+            self._args["draw"] = draw_args(draw)
         try:
             return self.ask_rows([Work(0, tokens, start, ())], queries, appended)
         finally:
